@@ -1,0 +1,541 @@
+"""RLCM in one file: reinforcement learning for consistency models, from the formula to the trained LoRA.
+
+Fine-tunes a text-to-image latent consistency model on any reward by policy gradients. Read it from the top: each equation
+stands beside the line that computes it. Rewards and prompt sets live next door, in rewards.py.
+
+    python rlcm.py --reward compress --steps 4                     # train; runs/NAME/ holds pictures, curves and the LoRA
+    python rlcm.py --reward my_reward.py:redness --prompts my_prompts.txt
+    python rlcm.py --sample "a cat" "a dog" --load runs/NAME       # base row above tuned row, same noise
+    accelerate launch rlcm.py --reward compress                    # mixed precision and launch by accelerate
+
+Papers
+    RLCM   Oertell et al. 2024, RL for Consistency Models: Faster Reward Guided Text-to-Image Generation     arXiv 2404.03673
+    LCM    Luo et al. 2023, Latent Consistency Models                                                        arXiv 2310.04378
+    DDPO   Black et al. 2023, Training Diffusion Models with Reinforcement Learning                          arXiv 2305.13301
+    SaA    Zhao et al. 2024/25, Scores as Actions                                                            arXiv 2409.08400, 2502.01819
+
+The idea. Few-step generation is a Markov decision process with Gaussian kernels:
+
+    state s_k = (x_k, t_k, c)      action a_k = x_{k+1} ~ N( mean_theta(x_k, t_k, c), std_k^2 I )      k = 0 .. H-2
+    picture = decode( f_theta(x_{H-1}, t_{H-1}, c) )      reward r(picture, c), given once, at the end
+
+    RLCM (eq. 5):   mean = sqrt(ab_{k+1}) f_theta(x_k, t_k, c),   std = sqrt(1 - ab_{k+1})
+
+A method is three functions of one signature: its schedule, its policy (x, k, c) -> mean, std, and its readout. Rollout samples
+from the policy, the update re-scores with the same call, and everything else in this file does not know which method runs.
+
+Glossary       symbol in the papers                                         here
+    B          pictures per epoch                                           cfg.batch_size
+    H          evaluations of the model for one picture                     cfg.steps
+    T = H - 1  actions (transitions) in one picture                         len(schedule.t) - 1
+    D          latent dimensions, C * h * w
+    x_k        noisy latent, x_0 ~ N(0, I)                                  x        (B, C, h, w) float32
+    t_k        timestep of the model's own scheduler                        s.t[k]
+    ab         alpha-bar, the share of signal variance at t_k               s.ab[k]
+    c          prompt embedding                                             c        (B, L, E)
+    eps        the network: predicted noise                                 eps(x, t, c)
+    f_theta    consistency function: the clean latent, in one step          f
+    pre        the pretrained model: the same network, adapter off          mean_pre
+    lambda     weight of the KL to the pretrained model                     cfg.kl
+    A_k        advantage of an action                                       advantage
+
+Differs from the official RLCM code (github.com/Owen-Oertell/rlcm)
+    1. The last evaluation has no action. There the last state is noised once more to its own timestep and that noise is scored
+       as an action which the picture never depends on: no signal in expectation, one more transition to pay for. H = 1 has none.
+    2. Timesteps, alpha-bar and boundary scalings are the LCMScheduler's own, so the LoRA is trained on the schedule it is sampled with.
+    3. States are stored as the network saw them and mean, std and log-prob are float32, in micro-batches of one shape: the ratio is
+       exactly 1 before the first optimizer step. `ratio_drift` in metrics.csv shows it.
+    4. A KL to the pretrained model (as in SaA) keeps the subject in the picture. Without it, compression ends in a blank page.
+    5. The prompts and noise of epoch e are a function of (seed, e): no generator state to lose.
+    6. No learning-rate schedule; the final epoch is saved; the LoRA has the keys and the alpha that diffusers reads.
+Kept from both papers: log-prob averaged over D, per-prompt running advantages, PPO clip range 1e-4, one pass over the data.
+"""
+import csv
+import json
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal, Optional
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # a quiet terminal: nothing here that the user could act on
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+import torch
+
+from rewards import HELP, PROMPTS, BadInput, get_prompts, get_reward
+
+HERE = Path(__file__).resolve().parent
+
+
+# ------------------------------------------------------------------------------------------------------------- config
+def flag(default, help, **extra):
+    return field(default=default, metadata={"help": help, **extra})
+
+
+@dataclass
+class Config:
+    """Everything a run depends on; the command line is made of it. None: taken from the model's preset (`PRESETS`)."""
+    reward: str = flag("compress", HELP)
+    method: Literal["rlcm"] = flag("rlcm", "the policy")
+    algo: Literal["ppo", "reinforce"] = flag("ppo", "clipped ratio, or plain score function")
+    model: str = flag("auto", "auto, tiny, a folder or a hub id of a diffusers pipeline; auto: the real model on a CUDA GPU, tiny elsewhere")
+    prompts: str = flag("animals", f"{', '.join(PROMPTS)}, or a text file with one prompt a line")
+    steps: int = flag(4, "H, evaluations of the model for one picture: 2 to 50")
+    epochs: Optional[int] = flag(None, "rollouts of the run")
+    batch_size: Optional[int] = flag(None, "B, pictures in an epoch")
+    micro_batch: Optional[int] = flag(None, "pictures or transitions in one pass of the network; changes memory, not results")
+    updates: Optional[int] = flag(None, "optimizer steps in an epoch, each on its share of the pictures")
+    lr: Optional[float] = flag(None, "learning rate of Adam")
+    kl: Optional[float] = flag(None, "lambda, in units of reward per nat of path KL to the pretrained model; 0: none")
+    guidance: Optional[float] = flag(None, "guidance scale")
+    lora_rank: Optional[int] = flag(None, "rank of the adapter")
+    lora_alpha: Optional[int] = flag(None, "alpha of the adapter")
+    clip_range: float = flag(1e-4, "PPO's epsilon; the log-prob is an average over D, so ratios stay close to 1")
+    adv_clip: float = flag(10.0, "advantages are clipped to +- this")
+    buffer_size: Optional[int] = flag(None, "rewards remembered for each prompt")
+    min_count: Optional[int] = flag(None, "with fewer of them the batch's mean and std serve")
+    max_grad_norm: float = flag(5.0, "gradient norm is clipped to this")
+    precision: Optional[Literal["fp32", "bf16", "fp16"]] = flag(None, "of the network; default bf16 on a GPU, fp32 elsewhere")
+    seed: int = flag(0, "of adapter, prompts and noise")
+    save_every: int = flag(10, "epochs between sample grids, curves and saved LoRAs")
+    out: Optional[str] = flag(None, "run directory; default runs/METHOD-REWARD-SEED-TIME (with --sample: the picture's file)")
+    sample: Optional[list[str]] = flag(None, "draw these prompts instead of training", nargs="+")
+    load: Optional[str] = flag(None, "with --sample: the run whose LoRA draws the second row")
+
+
+TINY, REAL = "tiny", {"rlcm": "SimianLuo/LCM_Dreamshaper_v7"}
+PRESETS = {  # the papers' settings for the real models (DESIGN: official RLCM, compress), ours for the embedded one
+    "tiny": dict(epochs=40, batch_size=64, micro_batch=32, updates=1, lr=1e-3, kl=0.0, guidance=3.0, lora_rank=8, lora_alpha=8, buffer_size=32, min_count=8),
+    "real": dict(epochs=1000, batch_size=16, micro_batch=2, updates=1, lr=1e-4, kl=0.0, guidance=8.0, lora_rank=16, lora_alpha=32, buffer_size=16, min_count=16),
+}
+
+
+def resolve(cfg):
+    """Fill what was left open and check every number, before anything is loaded or written. Raises BadInput."""
+    if cfg.model == "auto":
+        cfg.model = REAL[cfg.method] if torch.cuda.is_available() else TINY
+        why = "a CUDA GPU is here" if torch.cuda.is_available() else "no CUDA GPU here"
+        say(f"model: {cfg.model} ({why}; --model chooses)")
+    for name, value in PRESETS["tiny" if cfg.model == TINY else "real"].items():
+        if getattr(cfg, name) is None:
+            setattr(cfg, name, value)
+    cfg.precision = cfg.precision or ("bf16" if torch.cuda.is_available() else "fp32")
+    if not 2 <= cfg.steps <= 50:
+        raise BadInput(f"--steps {cfg.steps}: between 2 and 50 evaluations" + (", because a single one has no random transition to reinforce" if cfg.steps == 1 else ""))
+    for name in ("epochs", "batch_size", "micro_batch", "updates", "lr", "lora_rank", "lora_alpha", "clip_range", "adv_clip", "buffer_size", "min_count", "max_grad_norm", "save_every"):
+        if not 0 < getattr(cfg, name) < float("inf"):
+            raise BadInput(f"--{name} {getattr(cfg, name)}: must be a positive number")
+    for name in ("kl", "guidance", "seed"):
+        if not 0 <= getattr(cfg, name) < float("inf"):
+            raise BadInput(f"--{name} {getattr(cfg, name)}: must be zero or a positive number")
+    if cfg.batch_size % cfg.updates:
+        raise BadInput(f"--batch_size {cfg.batch_size} does not divide into --updates {cfg.updates}")
+    return cfg
+
+
+def say(line):
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(line, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- model
+def load_model(cfg, device):
+    """The diffusers pipeline and what the algorithm needs of it, as plain functions.
+
+    Returns a namespace: pipe; unet (with the LoRA, everything else frozen); eps(x, t, c) -> (B, C, h, w) float32; encode(prompts) ->
+    (B, L, E); decode(latents) -> (B, 3, H, W) in [0, 1]; shape (C, h, w). Raises BadInput where no such pipeline can be had.
+    """
+    from diffusers import DiffusionPipeline, LCMScheduler
+    from diffusers.training_utils import cast_training_params
+    from diffusers.utils import logging
+    from peft import LoraConfig
+
+    logging.disable_progress_bar()
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.precision]
+    path = str(HERE / "tiny" / "lcm") if cfg.model == TINY else cfg.model
+    try:
+        pipe = DiffusionPipeline.from_pretrained(path, dtype=dtype, safety_checker=None, requires_safety_checker=False)
+    except Exception as e:
+        raise BadInput(f"cannot load the model {path} ({type(e).__name__}): give a folder or hub id of a diffusers pipeline, or --model tiny, which needs no download") from e
+    if not isinstance(pipe.scheduler, LCMScheduler) or pipe.scheduler.config.prediction_type != "epsilon":
+        raise BadInput(f"{path} has a {type(pipe.scheduler).__name__}: --method rlcm needs a latent consistency model with an LCMScheduler and epsilon prediction")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(device)
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        part.requires_grad_(False).eval()
+    torch.manual_seed(cfg.seed)  # of the adapter's initial weights
+    pipe.unet.add_adapter(LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    cast_training_params(pipe.unet, torch.float32)  # the adapter stays float32 whatever the network is
+
+    m = SimpleNamespace(pipe=pipe, unet=pipe.unet, shape=(pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size))
+    w = None  # the guidance scale is an input of an LCM's network (LCM, section 4.2); w = guidance - 1 in the paper's formula
+    if pipe.unet.config.time_cond_proj_dim:
+        w = pipe.get_guidance_scale_embedding(torch.tensor([cfg.guidance - 1.0]), pipe.unet.config.time_cond_proj_dim).to(device, dtype)
+
+    def eps(x, t, c):
+        return m.unet(x.to(dtype), t, encoder_hidden_states=c, timestep_cond=None if w is None else w.expand(len(x), -1)).sample.float()
+
+    @torch.no_grad()
+    def encode(prompts):
+        return torch.cat([pipe.encode_prompt(prompts[i : i + 64], device, 1, False)[0] for i in range(0, len(prompts), 64)])
+
+    @torch.no_grad()
+    def decode(latents):
+        return (pipe.vae.decode((latents / pipe.vae.config.scaling_factor).to(dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+
+    m.eps, m.encode, m.decode = eps, encode, decode
+    return m
+
+
+# ----------------------------------------------------------------------------------------------------------- schedules
+def rlcm_schedule(scheduler, steps, device):
+    """Per-evaluation constants of the model's own LCMScheduler, each of shape (H,)."""
+    scheduler.set_timesteps(steps)
+    t = scheduler.timesteps
+    c_skip, c_out = scheduler.get_scalings_for_boundary_condition_discrete(t)  # LCM, appendix
+    s = dict(t=t, ab=scheduler.alphas_cumprod[t], c_skip=c_skip, c_out=c_out)
+    return SimpleNamespace(**{name: value.to(device) for name, value in s.items()})
+
+
+def at(v, k):
+    """v[k] for a batch of indices: (H,), (B,) -> (B, 1, 1, 1)."""
+    return v[k].view(-1, 1, 1, 1)
+
+
+# ------------------------------------------------------------------------------------------------------------ log-prob
+def log_prob(x_next, mean, std):
+    """log N(x_next; mean, std^2), averaged over latent dimensions: (B, C, h, w) x 2, (B, 1, 1, 1) -> (B,).
+
+    The average, not the sum, as DDPO and RLCM have it: log-ratios shrink by 1/D, which gives clip_range = 1e-4 its meaning.
+    """
+    log_p = -((x_next - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * torch.log(torch.tensor(2 * torch.pi))
+    return log_p.mean((1, 2, 3))
+
+
+def gaussian_kl(mean, mean_pre, std):
+    """KL( N(mean, std^2 I) || N(mean_pre, std^2 I) ) in nats, summed over dimensions: -> (B,)   (SaA: Girsanov, one step)."""
+    return ((mean - mean_pre) ** 2 / (2 * std**2)).sum((1, 2, 3))
+
+
+# ------------------------------------------------------------------------------------------------------------ policies
+def rlcm_readout(eps, x, k, c, s):
+    """f_theta(x_k, t_k, c), the consistency function (LCM, eq. 9): x (B, C, h, w), k (B,) -> clean latent (B, C, h, w)."""
+    x_0 = (x - (1 - at(s.ab, k)).sqrt() * eps(x, s.t[k], c)) / at(s.ab, k).sqrt()  # predicted clean latent
+    return at(s.c_out, k) * x_0 + at(s.c_skip, k) * x
+
+
+def rlcm_policy(eps, x, k, c, s):
+    """Kernel of action k (RLCM, eq. 5): x (B, C, h, w), k (B,) -> mean (B, C, h, w), std (B, 1, 1, 1) of x_{k+1}."""
+    ab_next = at(s.ab, k + 1)
+    return ab_next.sqrt() * rlcm_readout(eps, x, k, c, s), (1 - ab_next).sqrt()
+
+
+METHODS = {"rlcm": (rlcm_schedule, rlcm_policy, rlcm_readout)}
+
+
+# ------------------------------------------------------------------------------------------------------------- rollout
+@torch.no_grad()
+def rollout(model, method, s, c, z, micro_batch, reference=False, on_pictures=None):
+    """Sample B trajectories from noise z, in micro-batches.
+
+    z (T+1, B, C, h, w): z[0] is x_0, z[k+1] the noise of action k. c (B, L, E). `on_pictures(images, slice)` is called as soon as a
+    micro-batch is decoded, before the next one is sampled. Returns x (T+1, B, C, h, w); log_p (T, B); mean_pre (T, B, C, h, w) and
+    kl (T, B) against the pretrained model, or None and zeros; all float32.
+    """
+    _, policy, readout = METHODS[method]
+    T, B = len(z) - 1, len(c)
+    assert z.shape[1] == B and T == len(s.t) - 1
+    x, log_p, kl = torch.empty_like(z), z.new_zeros(T, B), z.new_zeros(T, B)
+    mean_pre = torch.empty_like(z[1:]) if reference else None
+    for i in range(0, B, micro_batch):
+        b = slice(i, i + micro_batch)
+        x[0, b] = z[0, b]
+        for n in range(T):
+            k = torch.full((len(c[b]),), n, device=z.device)
+            mean, std = policy(model.eps, x[n, b], k, c[b], s)
+            x[n + 1, b] = mean + std * z[n + 1, b]  # a_k ~ pi_theta
+            log_p[n, b] = log_prob(x[n + 1, b], mean, std)
+            if reference:
+                model.pipe.unet.disable_adapters()
+                mean_pre[n, b] = policy(model.eps, x[n, b], k, c[b], s)[0]
+                model.pipe.unet.enable_adapters()
+                kl[n, b] = gaussian_kl(mean, mean_pre[n, b], std)
+        if on_pictures:
+            on_pictures(model.decode(readout(model.eps, x[T, b], torch.full_like(k, T), c[b], s)), b)
+    return SimpleNamespace(x=x, log_p=log_p, mean_pre=mean_pre, kl=kl)
+
+
+# ---------------------------------------------------------------------------------------------------------- advantages
+def advantages(rewards, prompts, history, size, min_count, clip):
+    """Per-prompt standardised rewards (DDPO, section 5.1): (B,) and B prompts -> advantage (B,), scale (B,) = 1 / std used.
+
+    `history` (prompt -> list of its last `size` rewards) is updated in place. A prompt with fewer than `min_count` rewards is
+    standardised by the mean and std of this batch.
+    """
+    assert rewards.shape == (len(prompts),)
+    rewards = rewards.double()
+    for prompt, r in zip(prompts, rewards.tolist()):
+        history[prompt] = (history.get(prompt, []) + [r])[-size:]
+    seen = [torch.tensor(history[p], dtype=torch.double) if len(history[p]) >= min_count else rewards for p in prompts]
+    mean, std = torch.stack([v.mean() for v in seen]), torch.stack([v.std(correction=0) for v in seen]) + 1e-6
+    return ((rewards - mean) / std).clamp(-clip, clip).float(), (1 / std).float()
+
+
+# ----------------------------------------------------------------------------------------------------- loss and update
+def policy_loss(log_p, log_p_old, advantage, algo, clip_range):
+    """Loss of each transition and its ratio: (n,), (n,), (n,) -> (n,), (n,)."""
+    ratio = (log_p - log_p_old).exp()
+    if algo == "reinforce":
+        return -advantage * log_p, ratio  # grad = -A_k grad log pi(a_k | s_k)
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return -torch.minimum(advantage * ratio, advantage * clipped), ratio  # PPO (RLCM, eq. 7)
+
+
+def update(model, cfg, accelerator, optimizer, s, c, roll, advantage, scale):
+    """One pass over the rollout in `cfg.updates` optimizer steps. Returns the epoch's metrics.
+
+    The transitions of all timesteps of a step's pictures are one flat batch, walked in micro-batches of the rollout's own shape
+    and order. roll: what `rollout` returned; advantage, scale (B,).
+    """
+    policy, (T, B) = METHODS[cfg.method][1], roll.log_p.shape
+    D = roll.x[0, 0].numel()
+    log = {"loss": 0.0, "approx_kl": 0.0, "clip_fraction": 0.0, "ratio_drift": 0.0, "grad_norm": 0.0}
+    n = B // cfg.updates
+    for u in range(cfg.updates):
+        b = slice(u * n, (u + 1) * n)
+        flat = lambda v: v[:, b].flatten(0, 1)  # (T, B, ...) -> (T * n, ...)
+        k = torch.arange(T, device=c.device).repeat_interleave(n)
+        x, x_next, old = flat(roll.x[:-1]), flat(roll.x[1:]), flat(roll.log_p)
+        c_k, A, w = c[b].repeat(T, 1, 1), advantage[b].repeat(T), scale[b].repeat(T)
+        m = micro_batch_of(cfg, n)
+        for i in range(0, T * n, m):
+            j = slice(i, i + m)
+            with accelerator.no_sync(model.unet) if i + m < T * n else accelerator.autocast():
+                mean, std = policy(model.eps, x[j], k[j], c_k[j], s)
+                log_p = log_prob(x_next[j], mean, std)
+                loss, ratio = policy_loss(log_p, old[j], A[j], cfg.algo, cfg.clip_range)
+                if cfg.kl:  # the charge lambda * KL_k depends on theta itself: its own gradient, in the units of A and log_p
+                    loss = loss + cfg.kl * w[j] * gaussian_kl(mean, flat(roll.mean_pre)[j], std) / D
+                accelerator.backward(loss.sum() / (T * n))
+            with torch.no_grad():
+                share = len(loss) / (T * B)
+                log["loss"] += loss.mean().item() * share
+                log["approx_kl"] += 0.5 * (log_p - old[j]).square().mean().item() * share
+                log["clip_fraction"] += ((ratio - 1).abs() > cfg.clip_range).float().mean().item() * share
+                if u == 0:
+                    log["ratio_drift"] = max(log["ratio_drift"], (ratio - 1).abs().max().item())
+        log["grad_norm"] += float(accelerator.clip_grad_norm_(optimizer_parameters(optimizer), cfg.max_grad_norm)) / cfg.updates
+        optimizer.step()
+        optimizer.zero_grad()
+    return log
+
+
+def optimizer_parameters(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def micro_batch_of(cfg, n):
+    """Largest micro-batch up to cfg.micro_batch that divides n, so that every pass of the network has one shape."""
+    return max(m for m in range(1, min(cfg.micro_batch, n) + 1) if n % m == 0)
+
+
+# ------------------------------------------------------------------------------------------------------- run directory
+def save_lora(pipe, folder):
+    """Write pytorch_lora_weights.safetensors, alpha included, for `pipe.load_lora_weights(folder)`; atomic."""
+    from diffusers.training_utils import _collate_lora_metadata
+    from peft.utils import get_peft_model_state_dict
+
+    aside = folder / ".saving"
+    type(pipe).save_lora_weights(aside, unet_lora_layers=get_peft_model_state_dict(pipe.unet), **_collate_lora_metadata({"unet": pipe.unet}))
+    os.replace(aside / "pytorch_lora_weights.safetensors", folder / "pytorch_lora_weights.safetensors")
+    aside.rmdir()
+
+
+def save_grid(rows, captions, path, title=""):
+    """Picture of rows of pictures, captions under each. rows: list of (B, 3, H, W); captions: list of B strings for each row."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    tile, line = max(128, rows[0].shape[-1] // 2), 18
+    columns = min(8, len(rows[0]))
+    lines = [(row[i : i + columns], text[i : i + columns]) for row, text in zip(rows, captions) for i in range(0, len(row), columns)]
+    sheet = Image.new("RGB", (columns * tile, len(lines) * (tile + line) + (line if title else 0)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    pen.text((4, 1), title, "black", font)
+    for n, (row, text) in enumerate(lines):
+        y = n * (tile + line) + (line if title else 0)
+        for i, (picture, caption) in enumerate(zip(row, text)):
+            pixels = (picture * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+            sheet.paste(Image.fromarray(pixels).resize((tile, tile), Image.LANCZOS), (i * tile, y))
+            while font.getlength(caption) > tile - 6:
+                caption = caption[:-2] + "…"
+            pen.text((i * tile + 4, y + tile + 1), caption, "black", font)
+    sheet.save(path)
+
+
+def save_curve(rows, path):
+    """reward.png: mean and spread of the reward against pictures scored."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    column = lambda name: np.array([row[name] for row in rows], float)
+    figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    axis.fill_between(column("reward_queries"), column("reward_mean") - column("reward_std"), column("reward_mean") + column("reward_std"), alpha=0.2)
+    axis.plot(column("reward_queries"), column("reward_mean"))
+    axis.set(xlabel="pictures scored", ylabel="reward: mean, band of one std")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def likeness(images, first):
+    """Mean correlation of pictures with their first versions: 1 is unchanged, 0 unrelated; a blank page counts as 0."""
+    a, b = (v.flatten(1) - v.flatten(1).mean(1, keepdim=True) for v in (images, first))
+    norm = a.norm(dim=1) * b.norm(dim=1)
+    return float(((a * b).sum(1) / norm.clamp(min=1e-6) * (a.std(1) > 0.02)).mean())
+
+
+def fixed_noise(T, B, shape):
+    """Noise of picture i from `torch.Generator().manual_seed(i)`, in a diffusers pipeline's own order: (T+1, B, C, h, w)."""
+    g = [torch.Generator().manual_seed(i) for i in range(B)]
+    return torch.stack([torch.stack([torch.randn(1, *shape, generator=g_i)[0] for _ in range(T + 1)]) for g_i in g], 1)
+
+
+def draw(model, cfg, s, prompts):
+    """Pictures (B, 3, H, W) of prompts from fixed noise; a plain pipeline given the same generators draws the same ones."""
+    T, out = len(s.t) - 1, []
+    z = fixed_noise(T, len(prompts), model.shape).to(s.ab.device)
+    rollout(model, cfg.method, s, model.encode(prompts), z, cfg.micro_batch, on_pictures=lambda images, b: out.append(images))
+    return torch.cat(out)
+
+
+# ----------------------------------------------------------------------------------------------------------- main loop
+def train(cfg):
+    """Train as `cfg` says and return the run directory (a Path). Raises BadInput before anything is written where it can."""
+    from accelerate import Accelerator
+    from tqdm import tqdm
+
+    cfg = resolve(cfg)
+    reward_fn, prompts = get_reward(cfg.reward), get_prompts(cfg.prompts)
+    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(cfg.precision, cfg.precision))
+    P, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
+    if cfg.batch_size % (P * cfg.updates):
+        raise BadInput(f"--batch_size {cfg.batch_size} does not divide into {P} processes x --updates {cfg.updates}")
+    out = Path(cfg.out or f"runs/{cfg.method}-{cfg.reward.split('/')[-1].replace(':', '-')}-{cfg.seed}-{time.strftime('%m%d-%H%M%S')}")
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        raise BadInput(f"{out} exists and is not an empty folder: give another --out")
+
+    model = load_model(cfg, device)
+    s = METHODS[cfg.method][0](model.pipe.scheduler, cfg.steps, device)
+    optimizer = torch.optim.Adam([p for p in model.unet.parameters() if p.requires_grad], cfg.lr)
+    model.unet, optimizer = accelerator.prepare(model.unet, optimizer)
+    embedding, T, mine = model.encode(prompts), cfg.steps - 1, cfg.batch_size // P
+
+    shown = (prompts * 16)[:16]  # the sample grid: the same prompts and the same noise every time
+    first = draw(model, cfg, s, shown)
+    r = reward_fn(first, shown)  # a reward that does not work shows here, before anything is written
+
+    def save_samples(epoch, images, r):
+        caption = [f"{p}  {v:.2f}" for p, v in zip(shown, r)]
+        row_title = f"epoch {epoch}: reward {r.mean():.3f}, likeness to epoch 0 {likeness(images, first):.2f}"
+        save_grid([images], [caption], out / "samples" / f"epoch-{epoch:04d}.png", row_title)
+
+    if accelerator.is_main_process:
+        (out / "samples").mkdir(parents=True)
+        (out / "config.json").write_text(json.dumps({**asdict(cfg), "processes": P, "versions": versions()}, indent=1) + "\n")
+        save_samples(0, first, r)
+    worker, history, rows, start = ThreadPoolExecutor(1), {}, [], time.time()
+    bar = tqdm(range(1, cfg.epochs + 1), unit="epoch", disable=not accelerator.is_main_process, dynamic_ncols=True)
+    for epoch in bar:
+        # 1. sample prompts and noise, a function of (seed, epoch); each process takes its share
+        g = torch.Generator().manual_seed(cfg.seed * 1_000_003 + epoch)
+        index = torch.randint(len(prompts), (cfg.batch_size,), generator=g)[rank * mine : (rank + 1) * mine]
+        z = torch.randn(T + 1, cfg.batch_size, *model.shape, generator=g)[:, rank * mine : (rank + 1) * mine].to(device)
+        c, names = embedding[index.to(device)], [prompts[i] for i in index]
+        # 2. roll out the policy; a micro-batch is scored while the next is sampled
+        jobs = []
+        roll = rollout(model, cfg.method, s, c, z, micro_batch_of(cfg, mine // cfg.updates), cfg.kl > 0,
+                       lambda images, b: jobs.append(worker.submit(reward_fn, images, names[b])))
+        rewards = torch.cat([job.result() for job in jobs])
+        # 3. returns r - lambda * KL of the path, standardised by prompt over all processes
+        path_kl = roll.kl.sum(0).cpu()
+        everyone = accelerator.gather(torch.stack([rewards, path_kl, index.float()]).T.contiguous().to(device)).cpu()  # (B, 3)
+        advantage, scale = advantages(everyone[:, 0] - cfg.kl * everyone[:, 1], [prompts[int(i)] for i in everyone[:, 2]],
+                                      history, cfg.buffer_size, cfg.min_count, cfg.adv_clip)
+        advantage, scale = (v[rank * mine : (rank + 1) * mine].to(device) for v in (advantage, scale))
+        # 4. policy gradient
+        log = update(model, cfg, accelerator, optimizer, s, c, roll, advantage, scale)
+        # 5. write down
+        r = everyone[:, 0]
+        rows.append({"epoch": epoch, "seconds": round(time.time() - start, 3), "reward_queries": epoch * cfg.batch_size, "reward_mean": r.mean().item(),
+                     "reward_std": r.std(correction=0).item(), "reward_min": r.min().item(), "reward_max": r.max().item(),
+                     "path_kl": everyone[:, 1].mean().item(), **log, "likeness": ""})
+        bar.set_postfix(reward=f"{r.mean():.3f}", start=f"{rows[0]['reward_mean']:.3f}")
+        last = epoch == cfg.epochs
+        if epoch % cfg.save_every == 0 or last:
+            images = draw(model, cfg, s, shown)
+            rows[-1]["likeness"] = likeness(images, first)
+            if accelerator.is_main_process:
+                save_samples(epoch, images, reward_fn(images, shown))
+                save_lora(model.pipe, out)
+                save_curve(rows, out / "reward.png")
+        if accelerator.is_main_process:
+            with open(out / "metrics.csv", "a", newline="") as f:
+                writer = csv.DictWriter(f, rows[-1])
+                if epoch == 1:
+                    writer.writeheader()
+                writer.writerow(rows[-1])
+    say(f"reward {rows[0]['reward_mean']:.3f} -> {rows[-1]['reward_mean']:.3f} in {cfg.epochs} epochs, {rows[-1]['seconds']:.0f} s; likeness {rows[-1]['likeness']:.2f} "
+        f"(1 unchanged, 0 blank)\npictures {out}/samples, curve {out}/reward.png; use the LoRA: pipe.load_lora_weights(\"{out}\"), or: python rlcm.py --sample \"a cat\" --load {out}")
+    return out
+
+
+def versions():
+    from importlib.metadata import version
+    return {"python": sys.version.split()[0], **{name: version(name) for name in ("torch", "diffusers", "transformers", "peft", "accelerate", "pillow", "numpy")}}
+
+
+def sample(cfg):
+    """--sample: a row of the base model's pictures above a row of the tuned one's, from the same noise. Returns the file's path."""
+    if cfg.load:
+        folder = Path(cfg.load)
+        try:
+            saved = json.loads((folder / "config.json").read_text())
+        except (OSError, ValueError) as e:
+            raise BadInput(f"{folder} is not a run directory ({type(e).__name__} on its config.json): give the folder that training printed") from e
+        if not (folder / "pytorch_lora_weights.safetensors").exists():
+            raise BadInput(f"{folder} holds no pytorch_lora_weights.safetensors yet: the run saves it every --save_every epochs")
+        cfg.model, cfg.method, cfg.guidance = saved["model"], saved["method"], saved["guidance"] if cfg.guidance is None else cfg.guidance
+    cfg = resolve(cfg)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(cfg, device)
+    s = METHODS[cfg.method][0](model.pipe.scheduler, cfg.steps, device)
+    rows, captions = [draw(model, cfg, s, cfg.sample)], [cfg.sample]  # a fresh adapter is the identity
+    if cfg.load:
+        model.unet.delete_adapters("default")
+        model.pipe.load_lora_weights(cfg.load)
+        rows, captions = rows + [draw(model, cfg, s, cfg.sample)], [[f"base: {p}" for p in cfg.sample], [f"tuned: {p}" for p in cfg.sample]]
+    path = Path(cfg.out or Path(cfg.load or ".") / "sample.png")
+    save_grid(rows, captions, path)
+    say(f"wrote {path}")
+    return path
+
+
+def main(argv=None):
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(Config, allow_abbrev=False, prog="rlcm.py", description=__doc__.split("\n\n")[0])
+    parser.error = lambda message: (_ for _ in ()).throw(BadInput(message + " (--help lists the flags)"))
+    try:
+        cfg = parser.parse_args_into_dataclasses(argv)[0]
+        sample(cfg) if cfg.sample else train(cfg)
+    except BadInput as e:
+        print(f"rlcm.py: {e}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

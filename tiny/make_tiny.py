@@ -1,0 +1,423 @@
+"""Build the embedded text-to-image models `tiny/sd` and `tiny/lcm` from published emoji artwork.
+
+    pip install -r requirements.txt resvg-py==0.5.0      # and `npm` on the PATH: the artwork comes as npm packages
+    python tiny/make_tiny.py                             # everything, resumable; see tiny/README.md for the time it takes
+    python tiny/make_tiny.py --stage report              # only the quality numbers and the grids
+
+Stages, each of which checkpoints to `--work` and continues where it was stopped:
+
+    data      64x64 pictures of animals, nature, food and drink by four vendors, captioned by their names
+    vae       AutoencoderKL, 64x64x3 -> 8x8x12: L1 + edge L1 + KL
+    teacher   CLIP text encoder + U-Net, epsilon prediction with min-SNR weights   (Stable Diffusion, arXiv 2112.10752; 2303.09556)
+    lcm       latent consistency distillation with embedded guidance               (LCD, arXiv 2310.04378, Alg. 1)
+    report    nearest-training-picture accuracy and sample grids
+
+`nearest_accuracy` and `training_pictures` are also what rlcm.py's run reports on recognisability are checked against.
+"""
+import argparse
+import copy
+import io
+import json
+import math
+import subprocess
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+HERE = Path(__file__).resolve().parent
+
+# ---------------------------------------------------------------------------------------------------------------- data
+PACKAGES = {  # npm package: version (sources and licences are listed in tiny/README.md)
+    "emojibase-data": "17.0.0",
+    "emoji-datasource-google": "16.0.0",
+    "emoji-datasource-twitter": "16.0.0",
+    "@lobehub/fluent-emoji-3d": "1.1.0",
+    "@iconify-json/fluent-emoji-flat": "1.2.6",
+}
+GROUPS, NOT_SUBGROUPS = (3, 4), (48,)  # animals-nature, food-drink; without dishware
+NOT_LABELS = {"guide dog", "service dog"}  # same picture as "dog" with a vest
+RENAME = {"ewe": "sheep", "honeybee": "bee", "chipmunk": "squirrel", "lady beetle": "ladybug", "t-rex": "tyrannosaurus"}
+
+
+def key(hexcode):
+    """Emoji code in a form that all packages share: lower case, without variation selectors and leading zeros."""
+    return "-".join(part.lstrip("0") for part in hexcode.lower().split("-") if part != "fe0f")
+
+
+def to_pixels(image):
+    """PIL picture of any size and mode -> (64, 64, 3) uint8 on white."""
+    image = image.convert("RGBA").resize((64, 64), Image.LANCZOS)
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", (64, 64), "white"), image).convert("RGB"))
+
+
+def build_data(work):
+    """Fetch the packages and write `data.npz`: pictures (N, 64, 64, 3) uint8, labels (N,), vendors (N,)."""
+    if (work / "data.npz").exists():
+        return
+    import resvg_py
+
+    archives = {}
+    for name, version in PACKAGES.items():
+        path = work / f"{name.strip('@').replace('/', '-')}-{version}.tgz"
+        if not path.exists():
+            subprocess.run(["npm", "pack", "--silent", f"{name}@{version}"], cwd=work, check=True, stdout=subprocess.DEVNULL)
+        archives[name] = tarfile.open(path)
+    read = lambda name, member: archives[name].extractfile("package/" + member).read()
+    concepts = {}
+    for entry in json.loads(read("emojibase-data", "en/data.json")):
+        label = entry["label"].lower()
+        if entry.get("group") in GROUPS and entry["subgroup"] not in NOT_SUBGROUPS and label not in NOT_LABELS:
+            concepts[key(entry["hexcode"])] = RENAME.get(label, label)
+
+    rows = []
+    for vendor, folder in (("google", "img/google/64/"), ("twitter", "img/twitter/64/"), ("3d", "assets/")):
+        name = "@lobehub/fluent-emoji-3d" if vendor == "3d" else f"emoji-datasource-{vendor}"
+        for member in archives[name].getmembers():
+            code = key(Path(member.name).stem)
+            if member.name.startswith("package/" + folder) and code in concepts:
+                rows.append((concepts[code], vendor, to_pixels(Image.open(io.BytesIO(archives[name].extractfile(member).read())))))
+    icons = json.loads(read("@iconify-json/fluent-emoji-flat", "icons.json"))
+    for code, slug in json.loads(read("@iconify-json/fluent-emoji-flat", "chars.json")).items():
+        slug = icons["aliases"].get(slug, {"parent": slug})["parent"]
+        if key(code) in concepts and slug in icons["icons"]:
+            icon = icons["icons"][slug]
+            w, h = icon.get("width", icons["width"]), icon.get("height", icons["height"])
+            svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w} {h}">{icon["body"]}</svg>'
+            png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=256, height=256))
+            rows.append((concepts[key(code)], "flat", to_pixels(Image.open(io.BytesIO(png)))))
+    rows = sorted({(label, vendor): (label, vendor, picture) for label, vendor, picture in rows}.values(), key=lambda row: row[:2])
+    labels, vendors, pictures = zip(*rows)
+    np.savez_compressed(work / "data.npz", pictures=np.stack(pictures), labels=np.array(labels), vendors=np.array(vendors))
+
+
+def training_pictures(work):
+    """-> pictures (N, 3, 64, 64) float in [0, 1], labels: list of N captions."""
+    data = np.load(work / "data.npz")
+    return torch.from_numpy(data["pictures"]).permute(0, 3, 1, 2).float() / 255, data["labels"].tolist()
+
+
+# ----------------------------------------------------------------------------------------------------------------- vae
+def save_state(path, **state):
+    torch.save(state, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
+
+
+def load_state(path):
+    return torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
+
+
+def new_vae():
+    from diffusers import AutoencoderKL
+    return AutoencoderKL(3, 3, down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, sample_size=64,
+                         block_out_channels=(16, 24, 48, 80), layers_per_block=1, latent_channels=12, norm_num_groups=8, mid_block_add_attention=False)
+
+
+def edges(x):
+    """Horizontal and vertical differences: the term that keeps outlines sharp."""
+    return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
+
+
+VAE_PHASES = ((1600, 32, 2e-3), (2000, 12, 1.5e-3))  # steps, batch, learning rate (cosine to zero in each phase)
+
+
+def train_vae(work, device):
+    x_all = training_pictures(work)[0] * 2 - 1
+    torch.manual_seed(0)
+    vae = new_vae().to(device)
+    opt = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=1e-4)
+    ema, start = copy.deepcopy(vae), 0
+    if state := load_state(work / "vae.pt"):
+        vae.load_state_dict(state["vae"]), ema.load_state_dict(state["ema"]), opt.load_state_dict(state["opt"])
+        start = state["step"]
+    clock, log = time.time(), []
+    steps = sum(phase[0] for phase in VAE_PHASES)
+    for step in range(start, steps):
+        g = torch.Generator().manual_seed(step)
+        first = 0  # step at which this phase began
+        for length, batch, lr in VAE_PHASES:
+            if step < first + length:
+                break
+            first += length
+        for group in opt.param_groups:
+            group["lr"] = lr * min(1, (step - first + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * (step - first) / length))
+        x = x_all[torch.randint(len(x_all), (batch,), generator=g)].to(device)
+        q = vae.encode(x).latent_dist
+        y = vae.decode(q.sample()).sample
+        l1, edge = (y - x).abs().mean(), sum((a - b).abs().mean() for a, b in zip(edges(y), edges(x)))
+        loss = l1 + edge + (1e-3 if first == 0 else 3e-4) * 0.5 * (q.mean**2 + q.var - 1 - q.logvar).mean()
+        opt.zero_grad(), loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        opt.step()
+        with torch.no_grad():
+            for a, b in zip(ema.parameters(), vae.parameters()):
+                a.lerp_(b, 1 - min(0.995, (step + 1) / (step + 10)))
+        log.append((float(l1), float(edge)))
+        if (step + 1) % 50 == 0 or step + 1 == steps:
+            print(f"vae {step + 1}/{steps}  L1 {np.mean(log[-50:], 0)[0]:.4f}  edge {np.mean(log[-50:], 0)[1]:.4f}  {time.time() - clock:.0f} s", flush=True)
+        if (step + 1) % 250 == 0 or step + 1 == steps:
+            save_state(work / "vae.pt", vae=vae.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step + 1)
+    return ema.eval()
+
+
+def standardise(vae, x_all):
+    """Fold per-channel zero mean and unit variance of the latents into the two 1x1 convolutions around them, so that
+    `scaling_factor = 1` and the diffusion model sees the distribution it assumes at t = 0. The pictures do not change."""
+    with torch.no_grad():
+        z = torch.cat([vae.encode(x).latent_dist.mean for x in x_all.split(64)])
+        mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
+        enc, dec, n = vae.quant_conv, vae.post_quant_conv, len(mean)
+        dec.bias += dec.weight[:, :, 0, 0] @ mean
+        dec.weight *= std[None, :, None, None]
+        enc.weight[:n] /= std[:, None, None, None]
+        enc.bias[:n] = (enc.bias[:n] - mean) / std
+        enc.bias[n:] -= 2 * std.log()
+    vae.register_to_config(scaling_factor=1.0)
+    return vae
+
+
+# ------------------------------------------------------------------------------------------ tokenizer and text encoder
+MAX_TOKENS = 8  # <bos>, up to six words, <eos>
+
+
+def build_tokenizer(labels):
+    """One token per word of the captions, lower case; anything else is <unk>."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<bos>", "<eos>", "<unk>", "a", "an"] + sorted({w for label in labels for w in label.split()} - {"a", "an"})
+    tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tok.normalizer, tok.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.WhitespaceSplit()
+    tok.post_processor = processors.TemplateProcessing("<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)])
+    return PreTrainedTokenizerFast(tokenizer_object=tok, model_max_length=MAX_TOKENS, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
+
+
+def new_text_encoder(tokenizer):
+    from transformers import CLIPTextConfig, CLIPTextModel
+    return CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+                                        projection_dim=96, max_position_embeddings=MAX_TOKENS, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+
+
+def token_ids(tokenizer, captions):
+    return tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt").input_ids
+
+
+def article(label):
+    return ("an " if label[0] in "aeiou" else "a ") + label
+
+
+# ------------------------------------------------------------------------------------------------------------- teacher
+SCHEDULE = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+ALPHA_BAR = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
+
+
+def new_unet(**extra):
+    from diffusers import UNet2DConditionModel
+    return UNet2DConditionModel(sample_size=8, in_channels=12, out_channels=12, block_out_channels=(96, 128), layers_per_block=1, cross_attention_dim=96,
+                                down_block_types=["CrossAttnDownBlock2D"] * 2, up_block_types=["CrossAttnUpBlock2D"] * 2, attention_head_dim=4, norm_num_groups=16, **extra)
+
+
+def add_noise(x, eps, t):
+    ab = ALPHA_BAR.to(x.device)[t].view(-1, 1, 1, 1)
+    return ab.sqrt() * x + (1 - ab).sqrt() * eps
+
+
+def encode_all(vae, pictures, device):
+    with torch.no_grad():
+        return torch.cat([vae.to(device).encode(x.to(device) * 2 - 1).latent_dist.mean for x in pictures.split(64)])
+
+
+def caption_batch(ids_plain, ids_article, ids_empty, index, g):
+    """Token ids for a batch: the label, the label with its article, or nothing (10 %, for classifier-free guidance)."""
+    u = torch.rand(len(index), 1, generator=g)
+    return torch.where(u < 0.1, ids_empty, torch.where(u < 0.55, ids_plain[index], ids_article[index]))
+
+
+def train_teacher(work, device, vae, steps, batch=64, lr=8e-4):
+    pictures, labels = training_pictures(work)
+    z_all, tokenizer = encode_all(vae, pictures, device), build_tokenizer(labels)
+    ids = [token_ids(tokenizer, c) for c in (labels, [article(c) for c in labels], [""])]
+    torch.manual_seed(0)
+    unet, text = new_unet().to(device), new_text_encoder(tokenizer).to(device)
+    both = torch.nn.ModuleList([unet, text])
+    opt = torch.optim.AdamW(both.parameters(), lr, betas=(0.9, 0.99), weight_decay=1e-2)
+    ema, start, clock, log = copy.deepcopy(both), 0, time.time(), []
+    if state := load_state(work / "teacher.pt"):
+        both.load_state_dict(state["both"]), ema.load_state_dict(state["ema"]), opt.load_state_dict(state["opt"])
+        start = state["step"]
+    for step in range(start, steps):
+        g = torch.Generator().manual_seed(step)
+        for group in opt.param_groups:  # warm-up, constant, linear to zero over the second half
+            group["lr"] = lr * min(1, (step + 1) / 200, 2 * (1 - step / steps))
+        index = torch.randint(len(z_all), (batch,), generator=g)
+        x, eps = z_all[index], torch.randn(batch, *z_all.shape[1:], generator=g).to(device)
+        t = torch.randint(1000, (batch,), generator=g).to(device)
+        c = text(caption_batch(*ids, index, g).to(device))[0]
+        snr = ALPHA_BAR.to(device)[t] / (1 - ALPHA_BAR.to(device)[t])
+        error = (unet(add_noise(x, eps, t), t, c).sample - eps).square().mean((1, 2, 3))
+        loss = (error * snr.clamp(max=5) / snr).mean()  # min-SNR-5
+        opt.zero_grad(), loss.backward()
+        torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
+        opt.step()
+        with torch.no_grad():
+            for a, b in zip(ema.parameters(), both.parameters()):
+                a.lerp_(b, 1 - min(0.998, (step + 1) / (step + 10)))
+        log.append(error.detach().mean().item())
+        if (step + 1) % 50 == 0 or step + 1 == steps:
+            print(f"teacher {step + 1}/{steps}  eps loss {np.mean(log[-200:]):.4f}  {time.time() - clock:.0f} s", flush=True)
+        if (step + 1) % 200 == 0 or step + 1 == steps:
+            save_state(work / "teacher.pt", both=both.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step + 1)
+    return ema[0].eval(), ema[1].eval(), tokenizer
+
+
+# ------------------------------------------------------------------------------------------ latent consistency distillation
+W_RANGE = (1.0, 5.0)  # guidance_scale - 1: the student knows guidance scales 2 to 6
+CURRICULUM = ((0.15, 100), (0.4, 40), (1.0, 20))  # up to this share of the run: timesteps per solver step; it ends on the 50-step schedule
+
+
+def f_theta(unet, x, t, c, w_embedding):
+    """Consistency function with LCMScheduler's boundary scalings (sigma_data 0.5, timestep_scaling 10)."""
+    s, ab = (10.0 * t).view(-1, 1, 1, 1), ALPHA_BAR.to(x.device)[t].view(-1, 1, 1, 1)
+    x0 = (x - (1 - ab).sqrt() * unet(x, t, c, timestep_cond=w_embedding).sample) / ab.sqrt()
+    return 0.25 / (s**2 + 0.25) * x + s / (s**2 + 0.25).sqrt() * x0
+
+
+def train_lcm(work, device, vae, teacher, text, tokenizer, steps, batch=64, lr=5e-4):
+    from diffusers import LatentConsistencyModelPipeline as LCM
+    pictures, labels = training_pictures(work)
+    z_all, alpha_bar = encode_all(vae, pictures, device), ALPHA_BAR.to(device)
+    with torch.no_grad():
+        c_plain, c_article, c_empty = (text(token_ids(tokenizer, c).to(device))[0] for c in (labels, [article(c) for c in labels], [""]))
+    torch.manual_seed(0)
+    student = new_unet(time_cond_proj_dim=256).to(device)
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)  # start as the teacher
+    opt = torch.optim.AdamW(student.parameters(), lr, betas=(0.9, 0.99), weight_decay=0)
+    target, ema, start, clock, log = copy.deepcopy(student), copy.deepcopy(student), 0, time.time(), []
+    if state := load_state(work / "lcm.pt"):
+        student.load_state_dict(state["student"]), target.load_state_dict(state["target"]), ema.load_state_dict(state["ema"]), opt.load_state_dict(state["opt"])
+        start = state["step"]
+    for step in range(start, steps):
+        g = torch.Generator().manual_seed(10**6 + step)
+        for group in opt.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 50, 2 * (1 - step / steps))
+        skip = next(k for share, k in CURRICULUM if step < share * steps)
+        index = torch.randint(len(z_all), (batch,), generator=g)
+        t = (torch.randint(1, 1000 // skip + 1, (batch,), generator=g) * skip - 1).to(device)  # t_{n+k}: skip-1 ... 999
+        s = (t - skip).clamp(min=0)  # t_n
+        w = torch.rand(batch, generator=g) * (W_RANGE[1] - W_RANGE[0]) + W_RANGE[0]
+        w_embedding = LCM.get_guidance_scale_embedding(None, w, embedding_dim=256).to(device)
+        c = torch.where((torch.rand(batch, 1, 1, generator=g) < 0.5).to(device), c_plain[index.to(device)], c_article[index.to(device)])
+        x_t = add_noise(z_all[index.to(device)], torch.randn(batch, *z_all.shape[1:], generator=g).to(device), t)
+        with torch.no_grad():  # one DDIM step of the guided teacher from t_{n+k} to t_n, then the target network
+            e_c, e_0 = teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([c, c_empty.expand_as(c)])).sample.chunk(2)
+            eps = e_c + w.to(device).view(-1, 1, 1, 1) * (e_c - e_0)
+            ab_t, ab_s = (alpha_bar[i].view(-1, 1, 1, 1) for i in (t, s))
+            x_s = ab_s.sqrt() * (x_t - (1 - ab_t).sqrt() * eps) / ab_t.sqrt() + (1 - ab_s).sqrt() * eps
+            goal = f_theta(target, x_s, s, c, w_embedding)
+        d = f_theta(student, x_t, t, c, w_embedding) - goal
+        loss = ((d**2 + 1e-4).sqrt() - 1e-2).mean()  # pseudo-Huber
+        opt.zero_grad(), loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        opt.step()
+        with torch.no_grad():
+            for a, m, b in zip(ema.parameters(), target.parameters(), student.parameters()):
+                a.lerp_(b, 1 - min(0.99, (step + 1) / (step + 10))), m.lerp_(b, 0.2)
+        log.append(loss.item())
+        if (step + 1) % 50 == 0 or step + 1 == steps:
+            print(f"lcm {step + 1}/{steps}  skip {skip}  loss {np.mean(log[-100:]):.4f}  {time.time() - clock:.0f} s", flush=True)
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            save_state(work / "lcm.pt", student=student.state_dict(), target=target.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step + 1)
+    return ema.eval()
+
+
+# -------------------------------------------------------------------------------------------------------------- export
+def export(vae, text, tokenizer, unet, folder, lcm):
+    """Write a diffusers pipeline in fp16 safetensors."""
+    from diffusers import DDIMScheduler, LatentConsistencyModelPipeline, LCMScheduler, StableDiffusionPipeline
+    vae, text, unet = (copy.deepcopy(part).cpu() for part in (vae, text, unet))
+    parts = dict(vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    if lcm:
+        pipe = LatentConsistencyModelPipeline(scheduler=LCMScheduler(**SCHEDULE, original_inference_steps=50), **parts)
+    else:
+        pipe = StableDiffusionPipeline(scheduler=DDIMScheduler(**SCHEDULE), **parts)
+    for part in (pipe.vae, pipe.text_encoder, pipe.unet):
+        for q in part.parameters():
+            q.data = q.data.half()
+    pipe.save_pretrained(folder)
+    config = folder / "text_encoder" / "config.json"  # transformers loads in the dtype that the config names: fp32, like the rest
+    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+def nearest_accuracy(pictures, captions, train, labels):
+    """Share of `pictures` (B, 3, 64, 64) whose nearest training picture in pixel L2 carries the picture's caption."""
+    nearest = torch.cdist(pictures.flatten(1), train.flatten(1)).argmin(1).tolist()
+    return sum(labels[n] == c for n, c in zip(nearest, captions)) / len(captions)
+
+
+def draw(pipe, captions, batch=50, **kwargs):
+    """Pictures (B, 3, 64, 64) in [0, 1] of a pipeline, the noise fixed by the position of the caption."""
+    pipe.set_progress_bar_config(disable=True)
+    out = []
+    for i in range(0, len(captions), batch):
+        g = [torch.Generator().manual_seed(i + j) for j in range(len(captions[i : i + batch]))]
+        out.append(torch.from_numpy(pipe(captions[i : i + batch], generator=g, output_type="np", **kwargs).images).permute(0, 3, 1, 2))
+    return torch.cat(out).float()
+
+
+def fixed_captions(labels, n=200):
+    concepts = sorted(set(labels))
+    return [concepts[i] for i in torch.randperm(len(concepts), generator=torch.Generator().manual_seed(0))[:n].tolist()]
+
+
+def grid(pictures, columns, path):
+    u8 = (pictures.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    rows = [np.concatenate(list(u8[i : i + columns]), 1) for i in range(0, len(u8) - columns + 1, columns)]
+    Image.fromarray(np.concatenate(rows)).save(path)
+
+
+def report(work, guidance, device):
+    from diffusers import DiffusionPipeline
+    train, labels = training_pictures(work)
+    captions = fixed_captions(labels)
+    lcm, sd = (DiffusionPipeline.from_pretrained(HERE / name, dtype=torch.float32).to(device) for name in ("lcm", "sd"))
+    with torch.no_grad():
+        x = train.to(device) * 2 - 1
+        y = torch.cat([sd.vae.decode(sd.vae.encode(b).latent_dist.mean).sample for b in x.split(64)])
+    numbers = {"pictures": len(labels), "concepts": len(set(labels)), "guidance": guidance, "vae L1 on [-1, 1]": round(float((y - x).abs().mean()), 4)}
+    for name, pipe, steps in (("lcm", lcm, 1), ("lcm", lcm, 2), ("lcm", lcm, 4), ("lcm", lcm, 8), ("sd", sd, 25), ("sd", sd, 50)):
+        pictures = draw(pipe, captions, num_inference_steps=steps, guidance_scale=guidance)
+        numbers[f"{name} {steps} steps"] = round(nearest_accuracy(pictures, captions, train, labels), 3)
+        if (name, steps) in (("lcm", 4), ("lcm", 2), ("sd", 50)):
+            grid(pictures[:40], 10, HERE / f"{name}-{steps}.png")
+    print(json.dumps(numbers, indent=1))
+    (HERE / "report.json").write_text(json.dumps(numbers, indent=1) + "\n")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--work", type=Path, default=HERE / "work", help="downloads and checkpoints (not committed)")
+    p.add_argument("--stage", choices=("all", "report"), default="all")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--teacher-steps", type=int, default=3000)
+    p.add_argument("--lcm-steps", type=int, default=900)
+    p.add_argument("--guidance", type=float, default=3.0, help="guidance scale of the report")
+    args = p.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    build_data(args.work)
+    if args.stage == "all":
+        vae = standardise(train_vae(args.work, args.device).cpu(), training_pictures(args.work)[0] * 2 - 1).to(args.device)
+        teacher, text, tokenizer = train_teacher(args.work, args.device, vae, args.teacher_steps)
+        export(vae, text, tokenizer, teacher, HERE / "sd", lcm=False)
+        student = train_lcm(args.work, args.device, vae, teacher, text, tokenizer, args.lcm_steps)
+        export(vae, text, tokenizer, student, HERE / "lcm", lcm=True)
+    report(args.work, args.guidance, args.device)
+
+
+if __name__ == "__main__":
+    main()
