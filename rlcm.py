@@ -56,7 +56,8 @@ import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, Optional
@@ -71,8 +72,8 @@ HERE = Path(__file__).resolve().parent
 
 
 # ------------------------------------------------------------------------------------------------------------- config
-def flag(default, help, **extra):
-    return field(default=default, metadata={"help": help, **extra})
+def flag(default, help, **parser):
+    return field(default=default, metadata={"help": help, **parser})
 
 
 @dataclass
@@ -114,7 +115,8 @@ PRESETS = {  # the papers' settings for the real models (DESIGN: official RLCM, 
 
 
 def resolve(cfg):
-    """Fill what was left open and check every number, before anything is loaded or written. Raises BadInput."""
+    """A copy of cfg with what was left open filled in and every number checked. Raises BadInput."""
+    cfg = replace(cfg)
     if cfg.model == "auto":
         cfg.model = REAL[cfg.method] if torch.cuda.is_available() else TINY
         why = "a CUDA GPU is here" if torch.cuda.is_available() else "no CUDA GPU here"
@@ -127,67 +129,20 @@ def resolve(cfg):
         raise BadInput(f"--steps {cfg.steps}: between 2 and 50 evaluations" + (", because a single one has no random transition to reinforce" if cfg.steps == 1 else ""))
     for name in ("epochs", "batch_size", "micro_batch", "updates", "lr", "lora_rank", "lora_alpha", "clip_range", "adv_clip", "buffer_size", "min_count", "max_grad_norm", "save_every"):
         if not 0 < getattr(cfg, name) < float("inf"):
-            raise BadInput(f"--{name} {getattr(cfg, name)}: must be a positive number")
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be a positive number")
     for name in ("kl", "guidance", "seed"):
         if not 0 <= getattr(cfg, name) < float("inf"):
-            raise BadInput(f"--{name} {getattr(cfg, name)}: must be zero or a positive number")
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be zero or a positive number")
     if cfg.batch_size % cfg.updates:
-        raise BadInput(f"--batch_size {cfg.batch_size} does not divide into --updates {cfg.updates}")
+        raise BadInput(f"--batch-size {cfg.batch_size} does not divide into --updates {cfg.updates}")
+    if cfg.min_count > cfg.buffer_size:
+        raise BadInput(f"--min-count {cfg.min_count} is more than the --buffer-size {cfg.buffer_size} rewards remembered: no prompt would ever reach it")
     return cfg
 
 
 def say(line):
     if int(os.environ.get("RANK", 0)) == 0:
         print(line, flush=True)
-
-
-# ------------------------------------------------------------------------------------------------------------- model
-def load_model(cfg, device):
-    """The diffusers pipeline and what the algorithm needs of it, as plain functions.
-
-    Returns a namespace: pipe; unet (with the LoRA, everything else frozen); eps(x, t, c) -> (B, C, h, w) float32; encode(prompts) ->
-    (B, L, E); decode(latents) -> (B, 3, H, W) in [0, 1]; shape (C, h, w). Raises BadInput where no such pipeline can be had.
-    """
-    from diffusers import DiffusionPipeline, LCMScheduler
-    from diffusers.training_utils import cast_training_params
-    from diffusers.utils import logging
-    from peft import LoraConfig
-
-    logging.disable_progress_bar()
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.precision]
-    path = str(HERE / "tiny" / "lcm") if cfg.model == TINY else cfg.model
-    try:
-        pipe = DiffusionPipeline.from_pretrained(path, dtype=dtype, safety_checker=None, requires_safety_checker=False)
-    except Exception as e:
-        raise BadInput(f"cannot load the model {path} ({type(e).__name__}): give a folder or hub id of a diffusers pipeline, or --model tiny, which needs no download") from e
-    if not isinstance(pipe.scheduler, LCMScheduler) or pipe.scheduler.config.prediction_type != "epsilon":
-        raise BadInput(f"{path} has a {type(pipe.scheduler).__name__}: --method rlcm needs a latent consistency model with an LCMScheduler and epsilon prediction")
-    pipe.set_progress_bar_config(disable=True)
-    pipe.to(device)
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
-        part.requires_grad_(False).eval()
-    torch.manual_seed(cfg.seed)  # of the adapter's initial weights
-    pipe.unet.add_adapter(LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    cast_training_params(pipe.unet, torch.float32)  # the adapter stays float32 whatever the network is
-
-    m = SimpleNamespace(pipe=pipe, unet=pipe.unet, shape=(pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size))
-    w = None  # the guidance scale is an input of an LCM's network (LCM, section 4.2); w = guidance - 1 in the paper's formula
-    if pipe.unet.config.time_cond_proj_dim:
-        w = pipe.get_guidance_scale_embedding(torch.tensor([cfg.guidance - 1.0]), pipe.unet.config.time_cond_proj_dim).to(device, dtype)
-
-    def eps(x, t, c):
-        return m.unet(x.to(dtype), t, encoder_hidden_states=c, timestep_cond=None if w is None else w.expand(len(x), -1)).sample.float()
-
-    @torch.no_grad()
-    def encode(prompts):
-        return torch.cat([pipe.encode_prompt(prompts[i : i + 64], device, 1, False)[0] for i in range(0, len(prompts), 64)])
-
-    @torch.no_grad()
-    def decode(latents):
-        return (pipe.vae.decode((latents / pipe.vae.config.scaling_factor).to(dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
-
-    m.eps, m.encode, m.decode = eps, encode, decode
-    return m
 
 
 # ----------------------------------------------------------------------------------------------------------- schedules
@@ -300,46 +255,88 @@ def update(model, cfg, accelerator, optimizer, s, c, roll, advantage, scale):
     The transitions of all timesteps of a step's pictures are one flat batch, walked in micro-batches of the rollout's own shape
     and order. roll: what `rollout` returned; advantage, scale (B,).
     """
-    policy, (T, B) = METHODS[cfg.method][1], roll.log_p.shape
-    D = roll.x[0, 0].numel()
-    log = {"loss": 0.0, "approx_kl": 0.0, "clip_fraction": 0.0, "ratio_drift": 0.0, "grad_norm": 0.0}
-    n = B // cfg.updates
+    policy, (T, B), D = METHODS[cfg.method][1], roll.log_p.shape, roll.x[0, 0].numel()
+    n = B // cfg.updates  # pictures of one optimizer step
+    m = micro_batch_of(cfg, n)
+    stats, drift, norms = [], [], []
     for u in range(cfg.updates):
         b = slice(u * n, (u + 1) * n)
         flat = lambda v: v[:, b].flatten(0, 1)  # (T, B, ...) -> (T * n, ...)
-        k = torch.arange(T, device=c.device).repeat_interleave(n)
-        x, x_next, old = flat(roll.x[:-1]), flat(roll.x[1:]), flat(roll.log_p)
+        x, x_next, log_p_old, k = flat(roll.x[:-1]), flat(roll.x[1:]), flat(roll.log_p), torch.arange(T, device=c.device).repeat_interleave(n)
+        mean_pre = flat(roll.mean_pre) if cfg.kl else None
         c_k, A, w = c[b].repeat(T, 1, 1), advantage[b].repeat(T), scale[b].repeat(T)
-        m = micro_batch_of(cfg, n)
         for i in range(0, T * n, m):
             j = slice(i, i + m)
-            with accelerator.no_sync(model.unet) if i + m < T * n else accelerator.autocast():
+            with accelerator.no_sync(model.unet) if i + m < T * n else nullcontext():  # processes average gradients once a step
                 mean, std = policy(model.eps, x[j], k[j], c_k[j], s)
                 log_p = log_prob(x_next[j], mean, std)
-                loss, ratio = policy_loss(log_p, old[j], A[j], cfg.algo, cfg.clip_range)
-                if cfg.kl:  # the charge lambda * KL_k depends on theta itself: its own gradient, in the units of A and log_p
-                    loss = loss + cfg.kl * w[j] * gaussian_kl(mean, flat(roll.mean_pre)[j], std) / D
+                loss, ratio = policy_loss(log_p, log_p_old[j], A[j], cfg.algo, cfg.clip_range)
+                if cfg.kl:  # the charge lambda KL_k depends on theta itself: its own gradient, in the units of A and log_p
+                    loss = loss + cfg.kl * w[j] * gaussian_kl(mean, mean_pre[j], std) / D
                 accelerator.backward(loss.sum() / (T * n))
-            with torch.no_grad():
-                share = len(loss) / (T * B)
-                log["loss"] += loss.mean().item() * share
-                log["approx_kl"] += 0.5 * (log_p - old[j]).square().mean().item() * share
-                log["clip_fraction"] += ((ratio - 1).abs() > cfg.clip_range).float().mean().item() * share
-                if u == 0:
-                    log["ratio_drift"] = max(log["ratio_drift"], (ratio - 1).abs().max().item())
-        log["grad_norm"] += float(accelerator.clip_grad_norm_(optimizer_parameters(optimizer), cfg.max_grad_norm)) / cfg.updates
+            stats.append(torch.stack([loss, (log_p - log_p_old[j]) ** 2 / 2, ((ratio - 1).abs() > cfg.clip_range).float()]).detach())
+            if u == 0:  # nothing has moved yet: any difference is numerical
+                drift.append((ratio.detach() - 1).abs().max())
+        norms.append(accelerator.clip_grad_norm_(optimizer.param_groups[0]["params"], cfg.max_grad_norm))
         optimizer.step()
         optimizer.zero_grad()
-    return log
-
-
-def optimizer_parameters(optimizer):
-    return [p for group in optimizer.param_groups for p in group["params"]]
+    loss, approx_kl, clip_fraction = torch.cat(stats, 1).mean(1).tolist()
+    return {"loss": loss, "approx_kl": approx_kl, "clip_fraction": clip_fraction, "ratio_drift": torch.stack(drift).max().item(), "grad_norm": torch.stack(norms).mean().item()}
 
 
 def micro_batch_of(cfg, n):
     """Largest micro-batch up to cfg.micro_batch that divides n, so that every pass of the network has one shape."""
     return max(m for m in range(1, min(cfg.micro_batch, n) + 1) if n % m == 0)
+
+
+# ------------------------------------------------------------------------------------------------------------- model
+def load_model(cfg, device):
+    """The diffusers pipeline and what the algorithm needs of it, as plain functions.
+
+    Returns a namespace: pipe; unet (with the LoRA, everything else frozen); eps(x, t, c) -> (B, C, h, w) float32; encode(prompts) ->
+    (B, L, E); decode(latents) -> (B, 3, H, W) in [0, 1]; shape (C, h, w). Raises BadInput where no such pipeline can be had.
+    """
+    from diffusers import DiffusionPipeline, LCMScheduler
+    from diffusers.training_utils import cast_training_params
+    from diffusers.utils import logging
+    from peft import LoraConfig
+    from transformers.utils import logging as transformers_logging
+
+    logging.disable_progress_bar(), transformers_logging.disable_progress_bar()
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.precision]
+    path = str(HERE / "tiny" / "lcm") if cfg.model == TINY else cfg.model
+    try:
+        pipe = DiffusionPipeline.from_pretrained(path, dtype=dtype, safety_checker=None, requires_safety_checker=False)
+    except Exception as e:
+        raise BadInput(f"cannot load the model {path} ({type(e).__name__}): give a folder or hub id of a diffusers pipeline, or --model tiny, which needs no download") from e
+    if not isinstance(pipe.scheduler, LCMScheduler) or pipe.scheduler.config.prediction_type != "epsilon":
+        raise BadInput(f"{path} has a {type(pipe.scheduler).__name__}: --method rlcm needs a latent consistency model with an LCMScheduler and epsilon prediction")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(device)
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        part.requires_grad_(False).eval()
+    torch.manual_seed(cfg.seed)  # of the adapter's initial weights
+    pipe.unet.add_adapter(LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    cast_training_params(pipe.unet, torch.float32)  # the adapter stays float32 whatever the network is
+
+    m = SimpleNamespace(pipe=pipe, unet=pipe.unet, shape=(pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size))
+    w = None  # the guidance scale is an input of an LCM's network (LCM, section 4.2); w = guidance - 1 in the paper's formula
+    if pipe.unet.config.time_cond_proj_dim:
+        w = pipe.get_guidance_scale_embedding(torch.tensor([cfg.guidance - 1.0]), pipe.unet.config.time_cond_proj_dim).to(device, dtype)
+
+    def eps(x, t, c):
+        return m.unet(x.to(dtype), t, encoder_hidden_states=c, timestep_cond=None if w is None else w.expand(len(x), -1)).sample.float()
+
+    @torch.no_grad()
+    def encode(prompts):
+        return torch.cat([pipe.encode_prompt(prompts[i : i + 64], device, 1, False)[0] for i in range(0, len(prompts), 64)])
+
+    @torch.no_grad()
+    def decode(latents):
+        return (pipe.vae.decode((latents / pipe.vae.config.scaling_factor).to(dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+
+    m.eps, m.encode, m.decode = eps, encode, decode
+    return m
 
 
 # ------------------------------------------------------------------------------------------------------- run directory
@@ -423,7 +420,7 @@ def train(cfg):
     accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(cfg.precision, cfg.precision))
     P, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     if cfg.batch_size % (P * cfg.updates):
-        raise BadInput(f"--batch_size {cfg.batch_size} does not divide into {P} processes x --updates {cfg.updates}")
+        raise BadInput(f"--batch-size {cfg.batch_size} does not divide into {P} processes x --updates {cfg.updates}")
     out = Path(cfg.out or f"runs/{cfg.method}-{cfg.reward.split('/')[-1].replace(':', '-')}-{cfg.seed}-{time.strftime('%m%d-%H%M%S')}")
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise BadInput(f"{out} exists and is not an empty folder: give another --out")
@@ -507,7 +504,7 @@ def sample(cfg):
         except (OSError, ValueError) as e:
             raise BadInput(f"{folder} is not a run directory ({type(e).__name__} on its config.json): give the folder that training printed") from e
         if not (folder / "pytorch_lora_weights.safetensors").exists():
-            raise BadInput(f"{folder} holds no pytorch_lora_weights.safetensors yet: the run saves it every --save_every epochs")
+            raise BadInput(f"{folder} holds no pytorch_lora_weights.safetensors yet: the run saves it every --save-every epochs")
         cfg.model, cfg.method, cfg.guidance = saved["model"], saved["method"], saved["guidance"] if cfg.guidance is None else cfg.guidance
     cfg = resolve(cfg)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -527,10 +524,17 @@ def sample(cfg):
 def main(argv=None):
     from transformers import HfArgumentParser
 
+    def refuse(message):
+        raise BadInput(f"{message} (--help lists the flags)")
+
     parser = HfArgumentParser(Config, allow_abbrev=False, prog="rlcm.py", description=__doc__.split("\n\n")[0])
-    parser.error = lambda message: (_ for _ in ()).throw(BadInput(message + " (--help lists the flags)"))
+    parser.error = refuse
     try:
-        cfg = parser.parse_args_into_dataclasses(argv)[0]
+        cfg, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+        if unknown:
+            refuse(f"unknown argument {unknown[0]}")
+        if cfg.load and not cfg.sample:
+            refuse("--load goes with --sample")
         sample(cfg) if cfg.sample else train(cfg)
     except BadInput as e:
         print(f"rlcm.py: {e}", file=sys.stderr)

@@ -12,7 +12,7 @@ Stages, each of which checkpoints to `--work` and continues where it was stopped
     lcm       latent consistency distillation with embedded guidance               (LCD, arXiv 2310.04378, Alg. 1)
     report    nearest-training-picture accuracy and sample grids
 
-`nearest_accuracy` and `training_pictures` are also what rlcm.py's run reports on recognisability are checked against.
+bench/recognise.py measures a run of rlcm.py with the same `nearest_accuracy`, `training_pictures` and `fixed_captions`.
 """
 import argparse
 import copy
@@ -42,6 +42,7 @@ PACKAGES = {  # npm package: version (sources and licences are listed in tiny/RE
 GROUPS, NOT_SUBGROUPS = (3, 4), (48,)  # animals-nature, food-drink; without dishware
 NOT_LABELS = {"guide dog", "service dog"}  # same picture as "dog" with a vest
 RENAME = {"ewe": "sheep", "honeybee": "bee", "chipmunk": "squirrel", "lady beetle": "ladybug", "t-rex": "tyrannosaurus"}
+COLUMNS = 40  # of the sheet
 
 
 def key(hexcode):
@@ -56,11 +57,10 @@ def to_pixels(image):
 
 
 def build_data(work):
-    """Fetch the packages and write `data.npz`: pictures (N, 64, 64, 3) uint8, labels (N,), vendors (N,)."""
-    if (work / "data.npz").exists():
+    """Fetch the packages and write one sheet of all pictures, `pictures.webp` (lossless), and `pictures.json`: labels, vendors."""
+    if (HERE / "pictures.json").exists():
         return
     import resvg_py
-
     archives = {}
     for name, version in PACKAGES.items():
         path = work / f"{name.strip('@').replace('/', '-')}-{version}.tgz"
@@ -92,13 +92,20 @@ def build_data(work):
             rows.append((concepts[key(code)], "flat", to_pixels(Image.open(io.BytesIO(png)))))
     rows = sorted({(label, vendor): (label, vendor, picture) for label, vendor, picture in rows}.values(), key=lambda row: row[:2])
     labels, vendors, pictures = zip(*rows)
-    np.savez_compressed(work / "data.npz", pictures=np.stack(pictures), labels=np.array(labels), vendors=np.array(vendors))
+    sheet = np.full((-(-len(rows) // COLUMNS) * 64, COLUMNS * 64, 3), 255, np.uint8)
+    for i, picture in enumerate(pictures):
+        y, x = 64 * (i // COLUMNS), 64 * (i % COLUMNS)
+        sheet[y : y + 64, x : x + 64] = picture
+    Image.fromarray(sheet).save(HERE / "pictures.webp", lossless=True, quality=80, method=4)
+    (HERE / "pictures.json").write_text(json.dumps({"labels": labels, "vendors": vendors}) + "\n")
 
 
-def training_pictures(work):
+def training_pictures():
     """-> pictures (N, 3, 64, 64) float in [0, 1], labels: list of N captions."""
-    data = np.load(work / "data.npz")
-    return torch.from_numpy(data["pictures"]).permute(0, 3, 1, 2).float() / 255, data["labels"].tolist()
+    labels = json.loads((HERE / "pictures.json").read_text())["labels"]
+    sheet = torch.from_numpy(np.array(Image.open(HERE / "pictures.webp").convert("RGB"))).float() / 255
+    tiles = sheet.unfold(0, 64, 64).unfold(1, 64, 64)  # (rows, COLUMNS, 3, 64, 64)
+    return tiles.flatten(0, 1)[: len(labels)].contiguous(), labels
 
 
 # ----------------------------------------------------------------------------------------------------------------- vae
@@ -126,7 +133,7 @@ VAE_PHASES = ((1600, 32, 2e-3), (2000, 12, 1.5e-3))  # steps, batch, learning ra
 
 
 def train_vae(work, device):
-    x_all = training_pictures(work)[0] * 2 - 1
+    x_all = training_pictures()[0] * 2 - 1
     torch.manual_seed(0)
     vae = new_vae().to(device)
     opt = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=1e-4)
@@ -238,7 +245,7 @@ def caption_batch(ids_plain, ids_article, ids_empty, index, g):
 
 
 def train_teacher(work, device, vae, steps, batch=64, lr=8e-4):
-    pictures, labels = training_pictures(work)
+    pictures, labels = training_pictures()
     z_all, tokenizer = encode_all(vae, pictures, device), build_tokenizer(labels)
     ids = [token_ids(tokenizer, c) for c in (labels, [article(c) for c in labels], [""])]
     torch.manual_seed(0)
@@ -288,7 +295,7 @@ def f_theta(unet, x, t, c, w_embedding):
 
 def train_lcm(work, device, vae, teacher, text, tokenizer, steps, batch=64, lr=5e-4):
     from diffusers import LatentConsistencyModelPipeline as LCM
-    pictures, labels = training_pictures(work)
+    pictures, labels = training_pictures()
     z_all, alpha_bar = encode_all(vae, pictures, device), ALPHA_BAR.to(device)
     with torch.no_grad():
         c_plain, c_article, c_empty = (text(token_ids(tokenizer, c).to(device))[0] for c in (labels, [article(c) for c in labels], [""]))
@@ -383,7 +390,7 @@ def grid(pictures, columns, path):
 
 def report(work, guidance, device):
     from diffusers import DiffusionPipeline
-    train, labels = training_pictures(work)
+    train, labels = training_pictures()
     captions = fixed_captions(labels)
     lcm, sd = (DiffusionPipeline.from_pretrained(HERE / name, dtype=torch.float32).to(device) for name in ("lcm", "sd"))
     with torch.no_grad():
@@ -411,7 +418,7 @@ def main():
     args.work.mkdir(parents=True, exist_ok=True)
     build_data(args.work)
     if args.stage == "all":
-        vae = standardise(train_vae(args.work, args.device).cpu(), training_pictures(args.work)[0] * 2 - 1).to(args.device)
+        vae = standardise(train_vae(args.work, args.device).cpu(), training_pictures()[0] * 2 - 1).to(args.device)
         teacher, text, tokenizer = train_teacher(args.work, args.device, vae, args.teacher_steps)
         export(vae, text, tokenizer, teacher, HERE / "sd", lcm=False)
         student = train_lcm(args.work, args.device, vae, teacher, text, tokenizer, args.lcm_steps)
