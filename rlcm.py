@@ -27,7 +27,7 @@ from the policy, the update re-scores with the same call, and everything else in
 Glossary       symbol in the papers                                         here
     B          pictures per epoch                                           cfg.batch_size
     H          evaluations of the model for one picture                     cfg.steps
-    T = H - 1  actions (transitions) in one picture                         len(schedule.t) - 1
+    T = H - 1  actions (transitions) in one picture                         len(s.std)
     D          latent dimensions, C * h * w
     x_k        noisy latent, x_0 ~ N(0, I)                                  x        (B, C, h, w) float32
     t_k        timestep of the model's own scheduler                        s.t[k]
@@ -147,12 +147,16 @@ def say(line):
 
 # ----------------------------------------------------------------------------------------------------------- schedules
 def rlcm_schedule(scheduler, steps, device):
-    """Per-evaluation constants of the model's own LCMScheduler, each of shape (H,)."""
+    """Constants of the model's own LCMScheduler: of each evaluation t, ab, c_skip, c_out (H,); of each action ab_next, std (T,)."""
     scheduler.set_timesteps(steps)
     t = scheduler.timesteps
+    ab = scheduler.alphas_cumprod[t]
     c_skip, c_out = scheduler.get_scalings_for_boundary_condition_discrete(t)  # LCM, appendix
-    s = dict(t=t, ab=scheduler.alphas_cumprod[t], c_skip=c_skip, c_out=c_out)
-    return SimpleNamespace(**{name: value.to(device) for name, value in s.items()})
+    return on(device, t=t, ab=ab, c_skip=c_skip, c_out=c_out, ab_next=ab[1:], std=(1 - ab[1:]).sqrt())
+
+
+def on(device, **tensors):
+    return SimpleNamespace(**{name: value.to(device) for name, value in tensors.items()})
 
 
 def at(v, k):
@@ -184,8 +188,7 @@ def rlcm_readout(eps, x, k, c, s):
 
 def rlcm_policy(eps, x, k, c, s):
     """Kernel of action k (RLCM, eq. 5): x (B, C, h, w), k (B,) -> mean (B, C, h, w), std (B, 1, 1, 1) of x_{k+1}."""
-    ab_next = at(s.ab, k + 1)
-    return ab_next.sqrt() * rlcm_readout(eps, x, k, c, s), (1 - ab_next).sqrt()
+    return at(s.ab_next, k).sqrt() * rlcm_readout(eps, x, k, c, s), at(s.std, k)
 
 
 METHODS = {"rlcm": (rlcm_schedule, rlcm_policy, rlcm_readout)}
@@ -202,7 +205,7 @@ def rollout(model, method, s, c, z, micro_batch, reference=False, on_pictures=No
     """
     _, policy, readout = METHODS[method]
     T, B = len(z) - 1, len(c)
-    assert z.shape[1] == B and T == len(s.t) - 1
+    assert z.shape[1] == B and T == len(s.std)
     x, log_p, kl = torch.empty_like(z), z.new_zeros(T, B), z.new_zeros(T, B)
     mean_pre = torch.empty_like(z[1:]) if reference else None
     for i in range(0, B, micro_batch):
@@ -403,8 +406,8 @@ def fixed_noise(T, B, shape):
 
 def draw(model, cfg, s, prompts):
     """Pictures (B, 3, H, W) of prompts from fixed noise; a plain pipeline given the same generators draws the same ones."""
-    T, out = len(s.t) - 1, []
-    z = fixed_noise(T, len(prompts), model.shape).to(s.ab.device)
+    out = []
+    z = fixed_noise(len(s.std), len(prompts), model.shape).to(s.ab.device)
     rollout(model, cfg.method, s, model.encode(prompts), z, cfg.micro_batch, on_pictures=lambda images, b: out.append(images))
     return torch.cat(out)
 
@@ -429,7 +432,7 @@ def train(cfg):
     s = METHODS[cfg.method][0](model.pipe.scheduler, cfg.steps, device)
     optimizer = torch.optim.Adam([p for p in model.unet.parameters() if p.requires_grad], cfg.lr)
     model.unet, optimizer = accelerator.prepare(model.unet, optimizer)
-    embedding, T, mine = model.encode(prompts), cfg.steps - 1, cfg.batch_size // P
+    embedding, T, mine = model.encode(prompts), len(s.std), cfg.batch_size // P
 
     shown = (prompts * 16)[:16]  # the sample grid: the same prompts and the same noise every time
     first = draw(model, cfg, s, shown)

@@ -161,7 +161,7 @@ class GaussianLCM:
         self.frozen = False
 
     def eps(self, x, t, c):
-        ab, c_skip, c_out = (at(v, torch.searchsorted(-self.s.t, -t)) for v in (self.s.ab, self.s.c_skip, self.s.c_out))
+        ab, c_skip, c_out = (at(v, torch.searchsorted(-self.s.t, -t)) for v in (self.s.ab, self.s.c_skip, self.s.c_out))  # k of each t
         theta = self.theta.detach() if self.frozen else self.theta
         x_0 = (theta + x - ab.sqrt() * theta - c_skip * x) / c_out
         return (x - ab.sqrt() * x_0) / (1 - ab).sqrt()
