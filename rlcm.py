@@ -80,11 +80,11 @@ def flag(default, help, **parser):
 class Config:
     """Everything a run depends on; the command line is made of it. None: taken from the model's preset (`PRESETS`)."""
     reward: str = flag("compress", HELP)
-    method: Literal["rlcm"] = flag("rlcm", "the policy")
+    method: Literal["rlcm", "ddpo"] = flag("rlcm", "the policy: a consistency model's, or a diffusion model's")
     algo: Literal["ppo", "reinforce"] = flag("ppo", "clipped ratio, or plain score function")
     model: str = flag("auto", "auto, tiny, a folder or a hub id of a diffusers pipeline; auto: the real model on a CUDA GPU, tiny elsewhere")
     prompts: str = flag("animals", f"{', '.join(PROMPTS)}, or a text file with one prompt a line")
-    steps: int = flag(4, "H, evaluations of the model for one picture: 2 to 50")
+    steps: Optional[int] = flag(None, "H, evaluations of the model for one picture: 2 to 50; default 4 for rlcm, 10 or 50 for ddpo")
     epochs: Optional[int] = flag(None, "rollouts of the run")
     batch_size: Optional[int] = flag(None, "B, pictures in an epoch")
     micro_batch: Optional[int] = flag(None, "pictures or transitions in one pass of the network; changes memory, not results")
@@ -107,10 +107,12 @@ class Config:
     load: Optional[str] = flag(None, "with --sample: the run whose LoRA draws the second row")
 
 
-TINY, REAL = "tiny", {"rlcm": "SimianLuo/LCM_Dreamshaper_v7"}
-PRESETS = {  # the papers' settings for the real models (DESIGN: official RLCM, compress), ours for the embedded one
-    "tiny": dict(epochs=40, batch_size=64, micro_batch=32, updates=1, lr=1e-3, kl=0.0, guidance=3.0, lora_rank=8, lora_alpha=8, buffer_size=32, min_count=8),
-    "real": dict(epochs=1000, batch_size=16, micro_batch=2, updates=1, lr=1e-4, kl=0.0, guidance=8.0, lora_rank=16, lora_alpha=32, buffer_size=16, min_count=16),
+TINY, REAL = {"rlcm": "lcm", "ddpo": "sd"}, {"rlcm": "SimianLuo/LCM_Dreamshaper_v7", "ddpo": "Lykon/dreamshaper-7"}
+PRESETS = {  # (model, method): the papers' settings for the real models, ours for the embedded ones
+    ("tiny", "rlcm"): dict(steps=4, epochs=40, batch_size=64, micro_batch=32, updates=1, lr=1e-3, kl=0.0, guidance=3.0, lora_rank=8, lora_alpha=8, buffer_size=32, min_count=8),
+    ("tiny", "ddpo"): dict(steps=10, epochs=30, batch_size=64, micro_batch=32, updates=1, lr=1e-3, kl=0.0, guidance=3.0, lora_rank=8, lora_alpha=8, buffer_size=32, min_count=8),
+    ("real", "rlcm"): dict(steps=4, epochs=1000, batch_size=16, micro_batch=2, updates=1, lr=1e-4, kl=0.0, guidance=8.0, lora_rank=16, lora_alpha=32, buffer_size=16, min_count=16),
+    ("real", "ddpo"): dict(steps=50, epochs=100, batch_size=256, micro_batch=2, updates=4, lr=3e-4, kl=0.0, guidance=5.0, lora_rank=4, lora_alpha=4, buffer_size=16, min_count=16),
 }
 
 
@@ -118,10 +120,10 @@ def resolve(cfg):
     """A copy of cfg with what was left open filled in and every number checked. Raises BadInput."""
     cfg = replace(cfg)
     if cfg.model == "auto":
-        cfg.model = REAL[cfg.method] if torch.cuda.is_available() else TINY
+        cfg.model = REAL[cfg.method] if torch.cuda.is_available() else "tiny"
         why = "a CUDA GPU is here" if torch.cuda.is_available() else "no CUDA GPU here"
         say(f"model: {cfg.model} ({why}; --model chooses)")
-    for name, value in PRESETS["tiny" if cfg.model == TINY else "real"].items():
+    for name, value in PRESETS["tiny" if cfg.model == "tiny" else "real", cfg.method].items():
         if getattr(cfg, name) is None:
             setattr(cfg, name, value)
     cfg.precision = cfg.precision or ("bf16" if torch.cuda.is_available() else "fp32")
@@ -153,6 +155,15 @@ def rlcm_schedule(scheduler, steps, device):
     ab = scheduler.alphas_cumprod[t]
     c_skip, c_out = scheduler.get_scalings_for_boundary_condition_discrete(t)  # LCM, appendix
     return on(device, t=t, ab=ab, c_skip=c_skip, c_out=c_out, ab_next=ab[1:], std=(1 - ab[1:]).sqrt())
+
+
+def ddpo_schedule(scheduler, steps, device):
+    """Constants of the model's DDIMScheduler at eta = 1, of each of T = H actions: t, ab, ab_next, std (T,)."""
+    scheduler.set_timesteps(steps)
+    t = scheduler.timesteps
+    before = t - scheduler.config.num_train_timesteps // steps  # where DDIMScheduler.step goes from t
+    ab, ab_next = scheduler.alphas_cumprod[t], torch.where(before >= 0, scheduler.alphas_cumprod[before.clamp(min=0)], scheduler.final_alpha_cumprod)
+    return on(device, t=t, ab=ab, ab_next=ab_next, std=((1 - ab_next) / (1 - ab) * (1 - ab / ab_next)).sqrt())  # DDIM, eq. 16
 
 
 def on(device, **tensors):
@@ -191,7 +202,20 @@ def rlcm_policy(eps, x, k, c, s):
     return at(s.ab_next, k).sqrt() * rlcm_readout(eps, x, k, c, s), at(s.std, k)
 
 
-METHODS = {"rlcm": (rlcm_schedule, rlcm_policy, rlcm_readout)}
+def ddpo_readout(eps, x, k, c, s):
+    """The last state is the latent."""
+    return x
+
+
+def ddpo_policy(eps, x, k, c, s):
+    """DDIM step with eta = 1 (DDPO, section 4; DDIM, arXiv 2010.02502, eq. 12): as rlcm_policy."""
+    e = eps(x, s.t[k], c)
+    x_0 = (x - (1 - at(s.ab, k)).sqrt() * e) / at(s.ab, k).sqrt()  # predicted clean latent
+    direction = (1 - at(s.ab_next, k) - at(s.std, k) ** 2).clamp(min=0).sqrt() * e  # towards x_k
+    return at(s.ab_next, k).sqrt() * x_0 + direction, at(s.std, k)
+
+
+METHODS = {"ddpo": (ddpo_schedule, ddpo_policy, ddpo_readout), "rlcm": (rlcm_schedule, rlcm_policy, rlcm_readout)}
 
 
 # ------------------------------------------------------------------------------------------------------------- rollout
@@ -216,7 +240,7 @@ def rollout(model, method, s, c, z, micro_batch, reference=False, on_pictures=No
             mean, std = policy(model.eps, x[n, b], k, c[b], s)
             x[n + 1, b] = mean + std * z[n + 1, b]  # a_k ~ pi_theta
             log_p[n, b] = log_prob(x[n + 1, b], mean, std)
-            if reference:
+            if reference and std.min() > 0:  # an action without noise has no density
                 model.pipe.unet.disable_adapters()
                 mean_pre[n, b] = policy(model.eps, x[n, b], k, c[b], s)[0]
                 model.pipe.unet.enable_adapters()
@@ -258,14 +282,16 @@ def update(model, cfg, accelerator, optimizer, s, c, roll, advantage, scale):
     The transitions of all timesteps of a step's pictures are one flat batch, walked in micro-batches of the rollout's own shape
     and order. roll: what `rollout` returned; advantage, scale (B,).
     """
-    policy, (T, B), D = METHODS[cfg.method][1], roll.log_p.shape, roll.x[0, 0].numel()
+    policy, B, D = METHODS[cfg.method][1], roll.log_p.shape[1], roll.x[0, 0].numel()
+    random = s.std > 0  # an action without noise has no density: it is left out
+    T = int(random.sum())
     n = B // cfg.updates  # pictures of one optimizer step
     m = micro_batch_of(cfg, n)
     stats, drift, norms = [], [], []
     for u in range(cfg.updates):
         b = slice(u * n, (u + 1) * n)
-        flat = lambda v: v[:, b].flatten(0, 1)  # (T, B, ...) -> (T * n, ...)
-        x, x_next, log_p_old, k = flat(roll.x[:-1]), flat(roll.x[1:]), flat(roll.log_p), torch.arange(T, device=c.device).repeat_interleave(n)
+        flat = lambda v: v[random][:, b].flatten(0, 1)  # (T, B, ...) -> (T * n, ...)
+        x, x_next, log_p_old, k = flat(roll.x[:-1]), flat(roll.x[1:]), flat(roll.log_p), random.nonzero().repeat_interleave(n)
         mean_pre = flat(roll.mean_pre) if cfg.kl else None
         c_k, A, w = c[b].repeat(T, 1, 1), advantage[b].repeat(T), scale[b].repeat(T)
         for i in range(0, T * n, m):
@@ -299,7 +325,7 @@ def load_model(cfg, device):
     Returns a namespace: pipe; unet (with the LoRA, everything else frozen); eps(x, t, c) -> (B, C, h, w) float32; encode(prompts) ->
     (B, L, E); decode(latents) -> (B, 3, H, W) in [0, 1]; shape (C, h, w). Raises BadInput where no such pipeline can be had.
     """
-    from diffusers import DiffusionPipeline, LCMScheduler
+    from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler
     from diffusers.training_utils import cast_training_params
     from diffusers.utils import logging
     from peft import LoraConfig
@@ -307,13 +333,17 @@ def load_model(cfg, device):
 
     logging.disable_progress_bar(), transformers_logging.disable_progress_bar()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.precision]
-    path = str(HERE / "tiny" / "lcm") if cfg.model == TINY else cfg.model
+    path = str(HERE / "tiny" / TINY[cfg.method]) if cfg.model == "tiny" else cfg.model
     try:
         pipe = DiffusionPipeline.from_pretrained(path, dtype=dtype, safety_checker=None, requires_safety_checker=False)
     except Exception as e:
         raise BadInput(f"cannot load the model {path} ({type(e).__name__}): give a folder or hub id of a diffusers pipeline, or --model tiny, which needs no download") from e
-    if not isinstance(pipe.scheduler, LCMScheduler) or pipe.scheduler.config.prediction_type != "epsilon":
-        raise BadInput(f"{path} has a {type(pipe.scheduler).__name__}: --method rlcm needs a latent consistency model with an LCMScheduler and epsilon prediction")
+    if cfg.method == "ddpo":
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    elif not isinstance(pipe.scheduler, LCMScheduler):
+        raise BadInput(f"{path} has a {type(pipe.scheduler).__name__}: --method rlcm needs a latent consistency model with an LCMScheduler")
+    if pipe.scheduler.config.prediction_type != "epsilon":
+        raise BadInput(f"{path} predicts {pipe.scheduler.config.prediction_type!r}: only epsilon prediction is supported")
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
@@ -323,12 +353,16 @@ def load_model(cfg, device):
     cast_training_params(pipe.unet, torch.float32)  # the adapter stays float32 whatever the network is
 
     m = SimpleNamespace(pipe=pipe, unet=pipe.unet, shape=(pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size))
-    w = None  # the guidance scale is an input of an LCM's network (LCM, section 4.2); w = guidance - 1 in the paper's formula
-    if pipe.unet.config.time_cond_proj_dim:
-        w = pipe.get_guidance_scale_embedding(torch.tensor([cfg.guidance - 1.0]), pipe.unet.config.time_cond_proj_dim).to(device, dtype)
+    dim = pipe.unet.config.time_cond_proj_dim
+    if dim:  # an LCM's network takes the guidance scale as an input (LCM, section 4.2); w = guidance - 1 in that paper's formula
+        w = pipe.get_guidance_scale_embedding(torch.tensor([cfg.guidance - 1.0]), dim).to(device, dtype)
 
-    def eps(x, t, c):
-        return m.unet(x.to(dtype), t, encoder_hidden_states=c, timestep_cond=None if w is None else w.expand(len(x), -1)).sample.float()
+    def network(x, t, c):
+        return m.unet(x.to(dtype), t, encoder_hidden_states=c, timestep_cond=w.expand(len(x), -1) if dim else None).sample.float()
+
+    def guided(x, t, c):  # classifier-free guidance, both halves in one pass, in rollout and update alike
+        e_0, e_c = network(torch.cat([x, x]), torch.cat([t, t]), torch.cat([m.nothing.expand_as(c), c])).chunk(2)
+        return e_0 + cfg.guidance * (e_c - e_0)
 
     @torch.no_grad()
     def encode(prompts):
@@ -338,7 +372,8 @@ def load_model(cfg, device):
     def decode(latents):
         return (pipe.vae.decode((latents / pipe.vae.config.scaling_factor).to(dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
 
-    m.eps, m.encode, m.decode = eps, encode, decode
+    m.eps = guided if cfg.method != "rlcm" and cfg.guidance > 1 else network
+    m.encode, m.decode, m.nothing = encode, decode, encode([""])
     return m
 
 

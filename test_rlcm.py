@@ -75,6 +75,21 @@ def test_kernel_and_readout_equal_diffusers(lcm_scheduler, steps):
             x = ours
 
 
+@pytest.mark.parametrize("steps, alpha_to_one", [(10, False), (50, False), (7, True)])
+def test_ddpo_kernel_equals_ddim_with_eta_one(steps, alpha_to_one):
+    from diffusers import DDIMScheduler
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=alpha_to_one, steps_offset=0 if alpha_to_one else 1)
+    eps = lambda x, t, c: torch.tanh(x * 1.3 + t.view(-1, 1, 1, 1) / 500 - 1)
+    s, x = rlcm.ddpo_schedule(scheduler, steps, "cpu"), torch.randn(3, 12, 8, 8)
+    assert len(s.std) == steps and (s.std[:-1] > 0).all() and (s.std[-1] == 0) == alpha_to_one
+    for i, t in enumerate(scheduler.timesteps):
+        z = torch.randn(x.shape)
+        mean, std = rlcm.ddpo_policy(eps, x, torch.full((3,), i), None, s)
+        theirs = scheduler.step(eps(x, t.expand(3), None), t, x, eta=1.0, variance_noise=z).prev_sample
+        x = mean + std * z
+        torch.testing.assert_close(x, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_schedule_of_mixed_timesteps_equals_one_at_a_time(lcm_scheduler):
     """The update flattens timesteps into one batch: row k of a mixed batch is the kernel at k."""
     eps = lambda x, t, c: x * (t.view(-1, 1, 1, 1) / 1000)
