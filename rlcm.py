@@ -6,6 +6,7 @@ stands beside the line that computes it. Rewards and prompt sets live next door,
     python rlcm.py --reward compress --steps 4                     # train; runs/NAME/ holds pictures, curves and the LoRA
     python rlcm.py --reward my_reward.py:redness --prompts my_prompts.txt
     python rlcm.py --sample "a cat" "a dog" --load runs/NAME       # base row above tuned row, same noise
+    python rlcm.py --resume runs/NAME                              # go on where a stopped run was last saved, bit for bit
     accelerate launch rlcm.py --reward compress                    # mixed precision and launch by accelerate
 
 Papers
@@ -57,7 +58,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, Optional
@@ -105,6 +106,7 @@ class Config:
     out: Optional[str] = flag(None, "run directory; default runs/METHOD-REWARD-SEED-TIME (with --sample: the picture's file)")
     sample: Optional[list[str]] = flag(None, "draw these prompts instead of training", nargs="+")
     load: Optional[str] = flag(None, "with --sample: the run whose LoRA draws the second row")
+    resume: Optional[str] = flag(None, "continue this run directory, bit for bit; of its settings only --epochs may change")
 
 
 TINY, REAL = {"rlcm": "lcm", "ddpo": "sd"}, {"rlcm": "SimianLuo/LCM_Dreamshaper_v7", "ddpo": "Lykon/dreamshaper-7"}
@@ -389,6 +391,46 @@ def save_lora(pipe, folder):
     aside.rmdir()
 
 
+def save_checkpoint(folder, **state):
+    """Write folder/state.pt aside, then rename; the one before it stays as previous.pt."""
+    folder.mkdir(exist_ok=True)
+    with open(folder / "new.pt", "wb") as f:
+        torch.save(state, f)
+        f.flush(), os.fsync(f.fileno())
+    if (folder / "state.pt").exists():
+        os.replace(folder / "state.pt", folder / "previous.pt")
+    os.replace(folder / "new.pt", folder / "state.pt")
+
+
+def load_checkpoint(folder):
+    """The newest checkpoint that can be read. Raises BadInput."""
+    for path in (folder / "state.pt", folder / "previous.pt"):
+        if path.exists():
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True)  # tensors and plain data only
+            except Exception as e:
+                say(f"{path} is damaged ({type(e).__name__})")
+    raise BadInput(f"no readable checkpoint in {folder}: the run saves one every --save-every epochs")
+
+
+def read_config(folder):
+    """config.json of a run directory as a Config. Raises BadInput."""
+    try:
+        saved = json.loads((Path(folder) / "config.json").read_text())
+        return Config(**{f.name: saved[f.name] for f in fields(Config)})
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise BadInput(f"{folder} is not a run directory of this version ({type(e).__name__} on its config.json): give the folder that training printed") from e
+
+
+def resumed(cfg):
+    """The settings of the run cfg.resume, with cfg.epochs if given. Raises BadInput where another one was changed."""
+    changed = [f.name for f in fields(Config) if f.name not in ("resume", "epochs") and getattr(cfg, f.name) != f.default]
+    if changed:
+        raise BadInput(f"--{changed[0].replace('_', '-')} cannot change on --resume: the run would not be the one left alone; start a new run, or change only --epochs")
+    saved = read_config(cfg.resume)
+    return replace(saved, resume=cfg.resume, out=cfg.resume, epochs=cfg.epochs or saved.epochs)
+
+
 def save_grid(rows, captions, path, title=""):
     """Picture of rows of pictures, captions under each. rows: list of (B, 3, H, W); captions: list of B strings for each row."""
     from PIL import Image, ImageDraw, ImageFont
@@ -408,6 +450,15 @@ def save_grid(rows, captions, path, title=""):
                 caption = caption[:-2] + "…"
             pen.text((i * tile + 4, y + tile + 1), caption, "black", font)
     sheet.save(path)
+
+
+def save_metrics(rows, path):
+    """metrics.csv, one row per epoch, replaced whole."""
+    with open(path.with_suffix(".part"), "w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(path.with_suffix(".part"), path)
 
 
 def save_curve(rows, path):
@@ -451,6 +502,7 @@ def draw(model, cfg, s, prompts):
 def train(cfg):
     """Train as `cfg` says and return the run directory (a Path). Raises BadInput before anything is written where it can."""
     from accelerate import Accelerator
+    from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
     from tqdm import tqdm
 
     cfg = resolve(cfg)
@@ -460,8 +512,13 @@ def train(cfg):
     if cfg.batch_size % (P * cfg.updates):
         raise BadInput(f"--batch-size {cfg.batch_size} does not divide into {P} processes x --updates {cfg.updates}")
     out = Path(cfg.out or f"runs/{cfg.method}-{cfg.reward.split('/')[-1].replace(':', '-')}-{cfg.seed}-{time.strftime('%m%d-%H%M%S')}")
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+    if not cfg.resume and out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise BadInput(f"{out} exists and is not an empty folder: give another --out")
+
+    if cfg.resume:
+        state = load_checkpoint(out / "checkpoint")
+        if len(state["rows"]) >= cfg.epochs:
+            raise BadInput(f"{out} already has {len(state['rows'])} epochs: give more --epochs to go on")
 
     model = load_model(cfg, device)
     s = METHODS[cfg.method][0](model.pipe.scheduler, cfg.steps, device)
@@ -478,15 +535,20 @@ def train(cfg):
         row_title = f"epoch {epoch}: reward {r.mean():.3f}, likeness to epoch 0 {likeness(images, first):.2f}"
         save_grid([images], [caption], out / "samples" / f"epoch-{epoch:04d}.png", row_title)
 
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and not cfg.resume:
         (out / "samples").mkdir(parents=True)
         (out / "config.json").write_text(json.dumps({**asdict(cfg), "processes": P, "versions": versions()}, indent=1) + "\n")
         save_samples(0, first, r)
-    worker, history, rows, start = ThreadPoolExecutor(1), {}, [], time.time()
-    bar = tqdm(range(1, cfg.epochs + 1), unit="epoch", disable=not accelerator.is_main_process, dynamic_ncols=True)
+    history, rows = {}, []
+    if cfg.resume:
+        set_peft_model_state_dict(model.pipe.unet, state["lora"])
+        optimizer.load_state_dict(state["optimizer"])
+        history, rows = state["history"], state["rows"]
+    worker, start = ThreadPoolExecutor(1), time.time() - (rows[-1]["seconds"] if rows else 0)
+    bar = tqdm(range(len(rows) + 1, cfg.epochs + 1), initial=len(rows), total=cfg.epochs, unit="epoch", disable=not accelerator.is_main_process, dynamic_ncols=True)
     for epoch in bar:
         # 1. sample prompts and noise, a function of (seed, epoch); each process takes its share
-        g = torch.Generator().manual_seed(cfg.seed * 1_000_003 + epoch)
+        g = torch.Generator().manual_seed((cfg.seed + 1) * 1_000_003 + epoch)
         index = torch.randint(len(prompts), (cfg.batch_size,), generator=g)[rank * mine : (rank + 1) * mine]
         z = torch.randn(T + 1, cfg.batch_size, *model.shape, generator=g)[:, rank * mine : (rank + 1) * mine].to(device)
         c, names = embedding[index.to(device)], [prompts[i] for i in index]
@@ -509,20 +571,17 @@ def train(cfg):
                      "reward_std": r.std(correction=0).item(), "reward_min": r.min().item(), "reward_max": r.max().item(),
                      "path_kl": everyone[:, 1].mean().item(), **log, "likeness": ""})
         bar.set_postfix(reward=f"{r.mean():.3f}", start=f"{rows[0]['reward_mean']:.3f}")
-        last = epoch == cfg.epochs
-        if epoch % cfg.save_every == 0 or last:
+        save = epoch % cfg.save_every == 0 or epoch == cfg.epochs
+        if save:
             images = draw(model, cfg, s, shown)
             rows[-1]["likeness"] = likeness(images, first)
-            if accelerator.is_main_process:
-                save_samples(epoch, images, reward_fn(images, shown))
-                save_lora(model.pipe, out)
-                save_curve(rows, out / "reward.png")
         if accelerator.is_main_process:
-            with open(out / "metrics.csv", "a", newline="") as f:
-                writer = csv.DictWriter(f, rows[-1])
-                if epoch == 1:
-                    writer.writeheader()
-                writer.writerow(rows[-1])
+            save_metrics(rows, out / "metrics.csv")
+        if accelerator.is_main_process and save:
+            save_samples(epoch, images, reward_fn(images, shown))
+            save_lora(model.pipe, out)
+            save_curve(rows, out / "reward.png")
+            save_checkpoint(out / "checkpoint", lora=get_peft_model_state_dict(model.pipe.unet), optimizer=optimizer.state_dict(), history=history, rows=rows)
     say(f"reward {rows[0]['reward_mean']:.3f} -> {rows[-1]['reward_mean']:.3f} in {cfg.epochs} epochs, {rows[-1]['seconds']:.0f} s; likeness {rows[-1]['likeness']:.2f} "
         f"(1 unchanged, 0 blank)\npictures {out}/samples, curve {out}/reward.png; use the LoRA: pipe.load_lora_weights(\"{out}\"), or: python rlcm.py --sample \"a cat\" --load {out}")
     return out
@@ -536,14 +595,10 @@ def versions():
 def sample(cfg):
     """--sample: a row of the base model's pictures above a row of the tuned one's, from the same noise. Returns the file's path."""
     if cfg.load:
-        folder = Path(cfg.load)
-        try:
-            saved = json.loads((folder / "config.json").read_text())
-        except (OSError, ValueError) as e:
-            raise BadInput(f"{folder} is not a run directory ({type(e).__name__} on its config.json): give the folder that training printed") from e
-        if not (folder / "pytorch_lora_weights.safetensors").exists():
-            raise BadInput(f"{folder} holds no pytorch_lora_weights.safetensors yet: the run saves it every --save-every epochs")
-        cfg.model, cfg.method, cfg.guidance = saved["model"], saved["method"], saved["guidance"] if cfg.guidance is None else cfg.guidance
+        saved = read_config(cfg.load)
+        if not (Path(cfg.load) / "pytorch_lora_weights.safetensors").exists():
+            raise BadInput(f"{cfg.load} holds no pytorch_lora_weights.safetensors yet: the run saves it every --save-every epochs")
+        cfg = replace(cfg, model=saved.model, method=saved.method, guidance=saved.guidance if cfg.guidance is None else cfg.guidance, steps=cfg.steps or saved.steps)
     cfg = resolve(cfg)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(cfg, device)
@@ -573,10 +628,15 @@ def main(argv=None):
             refuse(f"unknown argument {unknown[0]}")
         if cfg.load and not cfg.sample:
             refuse("--load goes with --sample")
+        if cfg.resume and not cfg.sample:
+            cfg = resumed(cfg)
         sample(cfg) if cfg.sample else train(cfg)
     except BadInput as e:
         print(f"rlcm.py: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nrlcm.py: stopped; --resume RUN continues from the last saved epoch", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

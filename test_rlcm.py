@@ -4,7 +4,7 @@ import io
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -290,7 +290,7 @@ def test_a_run_learns_and_stays_on_policy(run):
 
 
 def test_a_run_leaves_what_it_promises(run):
-    assert {p.name for p in run.iterdir()} == {"config.json", "metrics.csv", "samples", "reward.png", "pytorch_lora_weights.safetensors"}
+    assert {p.name for p in run.iterdir()} == {"config.json", "metrics.csv", "samples", "reward.png", "checkpoint", "pytorch_lora_weights.safetensors"}
     assert {p.name for p in (run / "samples").iterdir()} == {f"epoch-{e:04d}.png" for e in (0, 5, 10)}
     assert json.loads((run / "config.json").read_text())["versions"]["torch"].startswith("2.13.0")
     assert 0.3 < float(metrics(run)[-1]["likeness"]) < 0.999
@@ -324,6 +324,19 @@ def test_a_seed_fixes_a_run_and_the_adapter_starts_as_the_identity(tmp_path):
     assert values(a) == values(b) != values(c)
     assert (a / "pytorch_lora_weights.safetensors").read_bytes() == (b / "pytorch_lora_weights.safetensors").read_bytes()
     assert float(values(a)[0][6]) == 0.0  # path KL of the first epoch
+
+
+def test_resume_is_the_uninterrupted_run_bit_for_bit(tmp_path):
+    """A run of four epochs, and one stopped after two whose newest checkpoint is then damaged, so that it goes on from the first."""
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    rlcm.train(Config(**{**SMALL, "epochs": 4}, kl=0.01, out=whole))
+    rlcm.train(Config(**{**SMALL, "epochs": 2}, kl=0.01, out=parts))
+    (tmp_path / "parts" / "checkpoint" / "state.pt").write_bytes(b"damaged")
+    assert rlcm.main(["--resume", parts, "--epochs", "4"]) is None
+    values = lambda p: [[v for k, v in row.items() if k != "seconds"] for row in metrics(Path(p))]
+    assert values(whole) == values(parts)
+    for name in ("pytorch_lora_weights.safetensors", "samples/epoch-0003.png", "samples/epoch-0004.png"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
 
 
 def test_sample_draws_base_above_tuned(run, tmp_path, capsys):
@@ -413,6 +426,11 @@ BAD = {  # arguments: what the message must name
     "--sample cat --load nowhere": "not a run directory",
     "--sample cat --load half": "no pytorch_lora_weights.safetensors",
     "--load full": "--sample",
+    "--resume nowhere": "not a run directory",
+    "--resume full": "not a run directory",
+    "--resume half": "no readable checkpoint",
+    "--resume half --lr 0.1": "--lr cannot change",
+    "--min-count 99": "no prompt would ever reach it",
 }
 
 
@@ -427,10 +445,10 @@ def test_bad_input_is_one_line_status_two_and_nothing_written(arguments, tmp_pat
     for folder in ("emptydir", "full", "half"):
         (tmp_path / folder).mkdir()
     (tmp_path / "full" / "x").write_text("")
-    (tmp_path / "half" / "config.json").write_text("{}")
+    (tmp_path / "half" / "config.json").write_text(json.dumps(asdict(Config(model="tiny"))))
     before = sorted(str(p) for p in tmp_path.rglob("*") if "__pycache__" not in p.parts)
     given = arguments.split()
-    assert rlcm.main(given if "--model" in given else given + ["--model", "tiny"]) == 2
+    assert rlcm.main(given if "--model" in given or "--resume" in given else given + ["--model", "tiny"]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.startswith("rlcm.py: ") and BAD[arguments] in err
     assert sorted(str(p) for p in tmp_path.rglob("*") if "__pycache__" not in p.parts) == before

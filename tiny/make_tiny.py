@@ -7,7 +7,7 @@
 Stages, each of which checkpoints to `--work` and continues where it was stopped:
 
     data      64x64 pictures of animals, nature, food and drink by four vendors, captioned by their names
-    vae       AutoencoderKL, 64x64x3 -> 8x8x12: L1 + edge L1 + KL
+    vae       AutoencoderKL, 64x64x3 -> 8x8x12: L1 + edge L1 + KL; then its decoder alone
     teacher   CLIP text encoder + U-Net, epsilon prediction with min-SNR weights   (Stable Diffusion, arXiv 2112.10752; 2303.09556)
     lcm       latent consistency distillation with embedded guidance               (LCD, arXiv 2310.04378, Alg. 1)
     report    nearest-training-picture accuracy and sample grids
@@ -163,7 +163,7 @@ def train_vae(work, device):
         with torch.no_grad():
             for a, b in zip(ema.parameters(), vae.parameters()):
                 a.lerp_(b, 1 - min(0.995, (step + 1) / (step + 10)))
-        log.append((float(l1), float(edge)))
+        log.append((l1.item(), edge.item()))
         if (step + 1) % 50 == 0 or step + 1 == steps:
             print(f"vae {step + 1}/{steps}  L1 {np.mean(log[-50:], 0)[0]:.4f}  edge {np.mean(log[-50:], 0)[1]:.4f}  {time.time() - clock:.0f} s", flush=True)
         if (step + 1) % 250 == 0 or step + 1 == steps:
@@ -184,6 +184,38 @@ def standardise(vae, x_all):
         enc.bias[:n] = (enc.bias[:n] - mean) / std
         enc.bias[n:] -= 2 * std.log()
     vae.register_to_config(scaling_factor=1.0)
+    return vae
+
+
+def train_decoder(work, device, vae, steps, batch=12, lr=1.5e-3, noise=0.05):
+    """Sharpen the decoder alone: the latents, and with them the teacher and the student, stay what they are."""
+    pictures = training_pictures()[0]
+    z_all, x_all = encode_all(vae, pictures, device), (pictures * 2 - 1).to(device)
+    decoder = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder])
+    opt, start, clock, log = torch.optim.AdamW(decoder.parameters(), betas=(0.9, 0.99), weight_decay=1e-4), 0, time.time(), []
+    ema = copy.deepcopy(decoder)
+    if state := load_state(work / "decoder.pt"):
+        decoder.load_state_dict(state["decoder"]), ema.load_state_dict(state["ema"]), opt.load_state_dict(state["opt"])
+        start = state["step"]
+    for step in range(start, steps):
+        g = torch.Generator().manual_seed(2 * 10**6 + step)
+        for group in opt.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        index = torch.randint(len(z_all), (batch,), generator=g)
+        y = vae.decode(z_all[index] + noise * torch.randn(batch, *z_all.shape[1:], generator=g).to(device)).sample
+        l1, edge = (y - x_all[index]).abs().mean(), sum((a - b).abs().mean() for a, b in zip(edges(y), edges(x_all[index])))
+        opt.zero_grad(), (l1 + edge).backward()
+        torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+        opt.step()
+        with torch.no_grad():
+            for a, b in zip(ema.parameters(), decoder.parameters()):
+                a.lerp_(b, 1 - min(0.995, (step + 1) / (step + 10)))
+        log.append((l1.item(), edge.item()))
+        if (step + 1) % 50 == 0 or step + 1 == steps:
+            print(f"decoder {step + 1}/{steps}  L1 {np.mean(log[-50:], 0)[0]:.4f}  edge {np.mean(log[-50:], 0)[1]:.4f}  {time.time() - clock:.0f} s", flush=True)
+        if (step + 1) % 250 == 0 or step + 1 == steps:
+            save_state(work / "decoder.pt", decoder=decoder.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step + 1)
+    decoder.load_state_dict(ema.state_dict())
     return vae
 
 
@@ -411,7 +443,8 @@ def main():
     p.add_argument("--work", type=Path, default=HERE / "work", help="downloads and checkpoints (not committed)")
     p.add_argument("--stage", choices=("all", "report"), default="all")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--teacher-steps", type=int, default=3000)
+    p.add_argument("--decoder-steps", type=int, default=2400)
+    p.add_argument("--teacher-steps", type=int, default=2800)
     p.add_argument("--lcm-steps", type=int, default=900)
     p.add_argument("--guidance", type=float, default=3.0, help="guidance scale of the report")
     args = p.parse_args()
@@ -419,6 +452,7 @@ def main():
     build_data(args.work)
     if args.stage == "all":
         vae = standardise(train_vae(args.work, args.device).cpu(), training_pictures()[0] * 2 - 1).to(args.device)
+        vae = train_decoder(args.work, args.device, vae, args.decoder_steps)
         teacher, text, tokenizer = train_teacher(args.work, args.device, vae, args.teacher_steps)
         export(vae, text, tokenizer, teacher, HERE / "sd", lcm=False)
         student = train_lcm(args.work, args.device, vae, teacher, text, tokenizer, args.lcm_steps)
