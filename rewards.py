@@ -25,7 +25,7 @@ class BadInput(ValueError):
 
 # ------------------------------------------------------------------------------------------------------------- rewards
 def jpeg_kilobytes(images, quality=95):
-    """Size of each picture as a JPEG file, in kilobytes of 1000 bytes (DDPO, arXiv 2305.13301, appendix D).
+    """Size of each picture as a JPEG file, in kilobytes of 1000 bytes (as DDPO, arXiv 2305.13301).
 
     images (B, 3, H, W) float in [0, 1] -> (B,) float32. Pillow releases the GIL while it encodes, so threads help.
     """

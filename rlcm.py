@@ -20,7 +20,7 @@ The idea. Few-step generation is a Markov decision process with Gaussian kernels
     state s_k = (x_k, t_k, c)      action a_k = x_{k+1} ~ N( mean_theta(x_k, t_k, c), std_k^2 I )      k = 0 .. H-2
     picture = decode( f_theta(x_{H-1}, t_{H-1}, c) )      reward r(picture, c), given once, at the end
 
-    RLCM (eq. 5):   mean = sqrt(ab_{k+1}) f_theta(x_k, t_k, c),   std = sqrt(1 - ab_{k+1})
+    RLCM (section 4):   mean = sqrt(ab_{k+1}) f_theta(x_k, t_k, c),   std = sqrt(1 - ab_{k+1})
 
 A method is three functions of one signature: its schedule, its policy (x, k, c) -> mean, std, and its readout. Rollout samples
 from the policy, the update re-scores with the same call, and everything else in this file does not know which method runs.
@@ -200,7 +200,7 @@ def rlcm_readout(eps, x, k, c, s):
 
 
 def rlcm_policy(eps, x, k, c, s):
-    """Kernel of action k (RLCM, eq. 5): x (B, C, h, w), k (B,) -> mean (B, C, h, w), std (B, 1, 1, 1) of x_{k+1}."""
+    """Kernel of action k (RLCM, section 4): denoise, then noise to the next level: x (B, C, h, w), k (B,) -> mean (B, C, h, w), std (B, 1, 1, 1) of x_{k+1}."""
     return at(s.ab_next, k).sqrt() * rlcm_readout(eps, x, k, c, s), at(s.std, k)
 
 
@@ -210,7 +210,7 @@ def ddpo_readout(eps, x, k, c, s):
 
 
 def ddpo_policy(eps, x, k, c, s):
-    """DDIM step with eta = 1 (DDPO, section 4; DDIM, arXiv 2010.02502, eq. 12): as rlcm_policy."""
+    """DDIM step with eta = 1 (DDPO; DDIM, arXiv 2010.02502, eq. 12): as rlcm_policy."""
     e = eps(x, s.t[k], c)
     x_0 = (x - (1 - at(s.ab, k)).sqrt() * e) / at(s.ab, k).sqrt()  # predicted clean latent
     direction = (1 - at(s.ab_next, k) - at(s.std, k) ** 2).clamp(min=0).sqrt() * e  # towards x_k
@@ -254,7 +254,7 @@ def rollout(model, method, s, c, z, micro_batch, reference=False, on_pictures=No
 
 # ---------------------------------------------------------------------------------------------------------- advantages
 def advantages(rewards, prompts, history, size, min_count, clip):
-    """Per-prompt standardised rewards (DDPO, section 5.1): (B,) and B prompts -> advantage (B,), scale (B,) = 1 / std used.
+    """Rewards standardised by prompt, as DDPO and RLCM do: (B,) and B prompts -> advantage (B,), scale (B,) = 1 / std used.
 
     `history` (prompt -> list of its last `size` rewards) is updated in place. A prompt with fewer than `min_count` rewards is
     standardised by the mean and std of this batch.
@@ -275,7 +275,7 @@ def policy_loss(log_p, log_p_old, advantage, algo, clip_range):
     if algo == "reinforce":
         return -advantage * log_p, ratio  # grad = -A_k grad log pi(a_k | s_k)
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    return -torch.minimum(advantage * ratio, advantage * clipped), ratio  # PPO (RLCM, eq. 7)
+    return -torch.minimum(advantage * ratio, advantage * clipped), ratio  # PPO (arXiv 1707.06347, eq. 7)
 
 
 def update(model, cfg, accelerator, optimizer, s, c, roll, advantage, scale):

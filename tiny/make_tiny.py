@@ -325,7 +325,7 @@ def f_theta(unet, x, t, c, w_embedding):
     return 0.25 / (s**2 + 0.25) * x + s / (s**2 + 0.25).sqrt() * x0
 
 
-def train_lcm(work, device, vae, teacher, text, tokenizer, steps, batch=64, lr=5e-4):
+def train_lcm(work, device, vae, teacher, text, tokenizer, steps, batch=32, lr=5e-4):
     from diffusers import LatentConsistencyModelPipeline as LCM
     pictures, labels = training_pictures()
     z_all, alpha_bar = encode_all(vae, pictures, device), ALPHA_BAR.to(device)
@@ -444,15 +444,15 @@ def main():
     p.add_argument("--stage", choices=("all", "report"), default="all")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--decoder-steps", type=int, default=2400)
-    p.add_argument("--teacher-steps", type=int, default=2800)
-    p.add_argument("--lcm-steps", type=int, default=900)
+    p.add_argument("--teacher-steps", type=int, default=2600)
+    p.add_argument("--lcm-steps", type=int, default=1000)
     p.add_argument("--guidance", type=float, default=3.0, help="guidance scale of the report")
     args = p.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     build_data(args.work)
     if args.stage == "all":
         vae = standardise(train_vae(args.work, args.device).cpu(), training_pictures()[0] * 2 - 1).to(args.device)
-        vae = train_decoder(args.work, args.device, vae, args.decoder_steps)
+        vae = train_decoder(args.work, args.device, vae, args.decoder_steps).eval()
         teacher, text, tokenizer = train_teacher(args.work, args.device, vae, args.teacher_steps)
         export(vae, text, tokenizer, teacher, HERE / "sd", lcm=False)
         student = train_lcm(args.work, args.device, vae, teacher, text, tokenizer, args.lcm_steps)
