@@ -108,6 +108,15 @@ def training_pictures():
     return tiles.flatten(0, 1)[: len(labels)].contiguous(), labels
 
 
+STYLES, ALL_UNTIL = ("3d", "flat"), 1200  # the U-Nets are taught two styles of each thing: few drawn well beat many drawn badly
+
+
+def pool(step):
+    """Indices of the pictures to learn from: all four vendors for a start, then the two of STYLES."""
+    vendors = json.loads((HERE / "pictures.json").read_text())["vendors"]
+    return torch.tensor([i for i, v in enumerate(vendors) if step < ALL_UNTIL or v in STYLES])
+
+
 # ----------------------------------------------------------------------------------------------------------------- vae
 def save_state(path, **state):
     torch.save(state, path.with_suffix(".part"))
@@ -188,10 +197,10 @@ def standardise(vae, x_all):
 
 
 def train_decoder(work, device, vae, steps, batch=12, lr=1.5e-3, noise=0.05):
-    """Sharpen the decoder alone: the latents, and with them the teacher and the student, stay what they are."""
+    """Sharpen the decoder alone on the pictures of STYLES: the latents, and with them the U-Nets, stay what they are."""
     pictures = training_pictures()[0]
     z_all, x_all = encode_all(vae, pictures, device), (pictures * 2 - 1).to(device)
-    decoder = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder])
+    decoder, indices = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder]), pool(ALL_UNTIL)
     opt, start, clock, log = torch.optim.AdamW(decoder.parameters(), betas=(0.9, 0.99), weight_decay=1e-4), 0, time.time(), []
     ema = copy.deepcopy(decoder)
     if state := load_state(work / "decoder.pt"):
@@ -201,7 +210,7 @@ def train_decoder(work, device, vae, steps, batch=12, lr=1.5e-3, noise=0.05):
         g = torch.Generator().manual_seed(2 * 10**6 + step)
         for group in opt.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-        index = torch.randint(len(z_all), (batch,), generator=g)
+        index = indices[torch.randint(len(indices), (batch,), generator=g)]
         y = vae.decode(z_all[index] + noise * torch.randn(batch, *z_all.shape[1:], generator=g).to(device)).sample
         l1, edge = (y - x_all[index]).abs().mean(), sum((a - b).abs().mean() for a, b in zip(edges(y), edges(x_all[index])))
         opt.zero_grad(), (l1 + edge).backward()
@@ -292,7 +301,9 @@ def train_teacher(work, device, vae, steps, batch=64, lr=8e-4):
         g = torch.Generator().manual_seed(step)
         for group in opt.param_groups:  # warm-up, constant, linear to zero over the second half
             group["lr"] = lr * min(1, (step + 1) / 200, 2 * (1 - step / steps))
-        index = torch.randint(len(z_all), (batch,), generator=g)
+        if step in (start, ALL_UNTIL):
+            indices = pool(step)
+        index = indices[torch.randint(len(indices), (batch,), generator=g)]
         x, eps = z_all[index], torch.randn(batch, *z_all.shape[1:], generator=g).to(device)
         t = torch.randint(1000, (batch,), generator=g).to(device)
         c = text(caption_batch(*ids, index, g).to(device))[0]
@@ -328,6 +339,7 @@ def f_theta(unet, x, t, c, w_embedding):
 def train_lcm(work, device, vae, teacher, text, tokenizer, steps, batch=32, lr=5e-4):
     from diffusers import LatentConsistencyModelPipeline as LCM
     pictures, labels = training_pictures()
+    indices = pool(ALL_UNTIL)
     z_all, alpha_bar = encode_all(vae, pictures, device), ALPHA_BAR.to(device)
     with torch.no_grad():
         c_plain, c_article, c_empty = (text(token_ids(tokenizer, c).to(device))[0] for c in (labels, [article(c) for c in labels], [""]))
@@ -345,7 +357,7 @@ def train_lcm(work, device, vae, teacher, text, tokenizer, steps, batch=32, lr=5
         for group in opt.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 50, 2 * (1 - step / steps))
         skip = next(k for share, k in CURRICULUM if step < share * steps)
-        index = torch.randint(len(z_all), (batch,), generator=g)
+        index = indices[torch.randint(len(indices), (batch,), generator=g)]
         t = (torch.randint(1, 1000 // skip + 1, (batch,), generator=g) * skip - 1).to(device)  # t_{n+k}: skip-1 ... 999
         s = (t - skip).clamp(min=0)  # t_n
         w = torch.rand(batch, generator=g) * (W_RANGE[1] - W_RANGE[0]) + W_RANGE[0]
@@ -443,7 +455,7 @@ def main():
     p.add_argument("--work", type=Path, default=HERE / "work", help="downloads and checkpoints (not committed)")
     p.add_argument("--stage", choices=("all", "report"), default="all")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--decoder-steps", type=int, default=2400)
+    p.add_argument("--decoder-steps", type=int, default=1800)
     p.add_argument("--teacher-steps", type=int, default=2600)
     p.add_argument("--lcm-steps", type=int, default=1000)
     p.add_argument("--guidance", type=float, default=3.0, help="guidance scale of the report")
