@@ -535,9 +535,9 @@ def train(cfg):
         row_title = f"epoch {epoch}: reward {r.mean():.3f}, likeness to epoch 0 {likeness(images, first):.2f}"
         save_grid([images], [caption], out / "samples" / f"epoch-{epoch:04d}.png", row_title)
 
-    if accelerator.is_main_process and not cfg.resume:
-        (out / "samples").mkdir(parents=True)
-        (out / "config.json").write_text(json.dumps({**asdict(cfg), "processes": P, "versions": versions()}, indent=1) + "\n")
+    if accelerator.is_main_process:
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps({**asdict(replace(cfg, resume=None)), "processes": P, "versions": versions()}, indent=1) + "\n")
         save_samples(0, first, r)
     history, rows = {}, []
     if cfg.resume:

@@ -455,7 +455,7 @@ def main():
     p.add_argument("--work", type=Path, default=HERE / "work", help="downloads and checkpoints (not committed)")
     p.add_argument("--stage", choices=("all", "report"), default="all")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--decoder-steps", type=int, default=1800)
+    p.add_argument("--decoder-steps", type=int, default=1200)
     p.add_argument("--teacher-steps", type=int, default=2600)
     p.add_argument("--lcm-steps", type=int, default=1000)
     p.add_argument("--guidance", type=float, default=3.0, help="guidance scale of the report")
