@@ -111,8 +111,8 @@ class Config:
 
 TINY, REAL = {"rlcm": "lcm", "ddpo": "sd"}, {"rlcm": "SimianLuo/LCM_Dreamshaper_v7", "ddpo": "Lykon/dreamshaper-7"}
 PRESETS = {  # (model, method): the papers' settings for the real models, ours for the embedded ones
-    ("tiny", "rlcm"): dict(steps=4, epochs=40, batch_size=64, micro_batch=32, updates=1, lr=1e-3, kl=0.0, guidance=3.0, lora_rank=8, lora_alpha=8, buffer_size=32, min_count=8),
-    ("tiny", "ddpo"): dict(steps=10, epochs=30, batch_size=64, micro_batch=32, updates=1, lr=1e-3, kl=0.0, guidance=3.0, lora_rank=8, lora_alpha=8, buffer_size=32, min_count=8),
+    ("tiny", "rlcm"): dict(steps=4, epochs=40, batch_size=64, micro_batch=32, updates=1, lr=3e-3, kl=0.005, guidance=3.0, lora_rank=8, lora_alpha=8, buffer_size=8, min_count=4),
+    ("tiny", "ddpo"): dict(steps=10, epochs=30, batch_size=64, micro_batch=32, updates=1, lr=3e-3, kl=0.005, guidance=3.0, lora_rank=8, lora_alpha=8, buffer_size=8, min_count=4),
     ("real", "rlcm"): dict(steps=4, epochs=1000, batch_size=16, micro_batch=2, updates=1, lr=1e-4, kl=0.0, guidance=8.0, lora_rank=16, lora_alpha=32, buffer_size=16, min_count=16),
     ("real", "ddpo"): dict(steps=50, epochs=100, batch_size=256, micro_batch=2, updates=4, lr=3e-4, kl=0.0, guidance=5.0, lora_rank=4, lora_alpha=4, buffer_size=16, min_count=16),
 }
