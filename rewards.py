@@ -7,7 +7,7 @@ A reward is any function
         prompts  list of B strings
 
 Name one with `--reward`: a key of REWARDS below, or `path/to/file.py:function` for your own.
-A reward is called from a worker thread, one micro-batch of pictures at a time, while the next one is being sampled.
+It is called with one micro-batch of pictures at a time, on a GPU from a worker thread while the next one is being sampled.
 Heavy imports belong inside the function that needs them.
 """
 import importlib.util

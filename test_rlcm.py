@@ -118,7 +118,7 @@ def rolled(model, cfg, B=8, reference=False, steps=4):
 @pytest.mark.parametrize("updates, micro_batch", [(1, 8), (1, 3), (2, 2)])
 def test_ratio_is_exactly_one_before_the_first_step(model, updates, micro_batch):
     perturbed(model)
-    cfg = rlcm.resolve(Config(model="tiny", updates=updates, micro_batch=micro_batch))
+    cfg = rlcm.resolve(Config(model="tiny", updates=updates, micro_batch=micro_batch, kl=0.0))
     cfg.micro_batch = rlcm.micro_batch_of(cfg, 8 // updates)
     s, c, roll = rolled(model, cfg)
     params = [p for p in model.unet.parameters() if p.requires_grad]
@@ -143,7 +143,7 @@ def gradient(model, cfg, B=8, kl=0.0):
 
 
 def test_ppo_and_reinforce_gradients_agree_at_ratio_one(model):
-    cfg = rlcm.resolve(Config(model="tiny", micro_batch=4))
+    cfg = rlcm.resolve(Config(model="tiny", micro_batch=4, kl=0.0))
     ppo, reinforce = gradient(model, cfg), gradient(model, replace(cfg, algo="reinforce"))
     assert ppo.norm() > 1e-4
     torch.testing.assert_close(ppo, reinforce, rtol=1e-3, atol=1e-6)
@@ -200,7 +200,7 @@ def test_policy_gradient_is_unbiased_on_gaussian_data(lcm_scheduler, algo, steps
         mu, dmu = root[k + 1] * (theta * (1 - root[k]) + mu), root[k + 1] * ((1 - root[k]) + dmu)
     mean, dmean = theta * (1 - root[-1]) + mu, dmu  # of the picture; f of the last evaluation has slope 1 in x
     exact = -(mean - 2) * dmean  # dE[r] / dtheta
-    cfg = replace(rlcm.resolve(Config(model="tiny", algo=algo, steps=steps)), micro_batch=N, max_grad_norm=1e9)
+    cfg = replace(rlcm.resolve(Config(model="tiny", algo=algo, steps=steps, kl=0.0)), micro_batch=N, max_grad_norm=1e9)
     accelerator, estimates = Accelerator(cpu=True), []
     m.unet = torch.nn.Identity()
     for i in range(repeats):
