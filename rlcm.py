@@ -1,13 +1,14 @@
 """RLCM in one file: reinforcement learning for consistency models, from the formula to the trained LoRA.
 
-Fine-tunes a text-to-image latent consistency model on any reward by policy gradients. Read it from the top: each equation
-stands beside the line that computes it. Rewards and prompt sets live next door, in rewards.py.
+Fine-tunes a text-to-image latent consistency model on any reward by policy gradients, next to the diffusion baseline (DDPO). Read it
+from the top: each equation stands beside the line that computes it. Rewards and prompt sets live next door, in rewards.py.
 
     python rlcm.py --reward compress --steps 4                     # train; runs/NAME/ holds pictures, curves and the LoRA
     python rlcm.py --reward my_reward.py:redness --prompts my_prompts.txt
+    python rlcm.py --method ddpo --reward compress                 # the diffusion baseline
     python rlcm.py --sample "a cat" "a dog" --load runs/NAME       # base row above tuned row, same noise
     python rlcm.py --resume runs/NAME                              # go on where a stopped run was last saved, bit for bit
-    accelerate launch rlcm.py --reward compress                    # mixed precision and launch by accelerate
+    accelerate launch rlcm.py --reward compress                    # several GPUs; B is shared out, one process writes
 
 Papers
     RLCM   Oertell et al. 2024, RL for Consistency Models: Faster Reward Guided Text-to-Image Generation     arXiv 2404.03673
@@ -15,12 +16,13 @@ Papers
     DDPO   Black et al. 2023, Training Diffusion Models with Reinforcement Learning                          arXiv 2305.13301
     SaA    Zhao et al. 2024/25, Scores as Actions                                                            arXiv 2409.08400, 2502.01819
 
-The idea. Few-step generation is a Markov decision process with Gaussian kernels:
+The idea. Sampling, in few steps or many, is a Markov decision process with Gaussian kernels:
 
-    state s_k = (x_k, t_k, c)      action a_k = x_{k+1} ~ N( mean_theta(x_k, t_k, c), std_k^2 I )      k = 0 .. H-2
-    picture = decode( f_theta(x_{H-1}, t_{H-1}, c) )      reward r(picture, c), given once, at the end
+    state s_k = (x_k, t_k, c)      action a_k = x_{k+1} ~ N( mean_theta(x_k, t_k, c), std_k^2 I )      k = 0 .. T-1
+    picture = decode( readout(x_T) )      reward r(picture, c), given once, at the end
 
-    RLCM (section 4):   mean = sqrt(ab_{k+1}) f_theta(x_k, t_k, c),   std = sqrt(1 - ab_{k+1})
+    RLCM (section 4)   mean = sqrt(ab_{k+1}) f_theta(x_k, t_k, c),   std = sqrt(1 - ab_{k+1}),   readout = f_theta(x_T, t_T, c)
+    DDPO               mean = the DDIM step with eta = 1,            std = DDIM's sigma_k,       readout = x_T
 
 A method is three functions of one signature: its schedule, its policy (x, k, c) -> mean, std, and its readout. Rollout samples
 from the policy, the update re-scores with the same call, and everything else in this file does not know which method runs.
@@ -28,7 +30,7 @@ from the policy, the update re-scores with the same call, and everything else in
 Glossary       symbol in the papers                                         here
     B          pictures per epoch                                           cfg.batch_size
     H          evaluations of the model for one picture                     cfg.steps
-    T = H - 1  actions (transitions) in one picture                         len(s.std)
+    T          actions (transitions) in one picture: H - 1, for DDPO H      len(s.std)
     D          latent dimensions, C * h * w
     x_k        noisy latent, x_0 ~ N(0, I)                                  x        (B, C, h, w) float32
     t_k        timestep of the model's own scheduler                        s.t[k]
@@ -49,6 +51,7 @@ Differs from the official RLCM code (github.com/Owen-Oertell/rlcm)
     4. A KL to the pretrained model (as in SaA) keeps the subject in the picture. Without it, compression ends in a blank page.
     5. The prompts and noise of epoch e are a function of (seed, e): no generator state to lose.
     6. No learning-rate schedule; the final epoch is saved; the LoRA has the keys and the alpha that diffusers reads.
+Differs from the DDPO code: guidance is on in training as in sampling; an action with std = 0 has no density and is left out of the loss.
 Kept from both papers: log-prob averaged over D, per-prompt running advantages, PPO clip range 1e-4, one pass over the data.
 """
 import csv
@@ -311,7 +314,7 @@ def update(model, cfg, accelerator, optimizer, s, c, roll, advantage, scale):
         norms.append(accelerator.clip_grad_norm_(optimizer.param_groups[0]["params"], cfg.max_grad_norm))
         optimizer.step()
         optimizer.zero_grad()
-    loss, approx_kl, clip_fraction = torch.cat(stats, 1).mean(1).tolist()
+    loss, approx_kl, clip_fraction = accelerator.reduce(torch.cat(stats, 1).mean(1), "mean").tolist()
     return {"loss": loss, "approx_kl": approx_kl, "clip_fraction": clip_fraction, "ratio_drift": torch.stack(drift).max().item(), "grad_norm": torch.stack(norms).mean().item()}
 
 
