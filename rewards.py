@@ -6,16 +6,23 @@ A reward is any function
         images   (B, 3, H, W) float32 in [0, 1], on the training device
         prompts  list of B strings
 
-Name one with `--reward`: a key of REWARDS below, or `path/to/file.py:function` for your own.
+Name one with `--reward`: a key of REWARDS below, `path/to/file.py:function` for your own, or a weighted sum of such
+parts, `aesthetic:1,compress:0.05`.
 It is called with one micro-batch of pictures at a time, on a GPU from a worker thread while the next one is being sampled.
-Heavy imports belong inside the function that needs them.
+Heavy imports belong inside the function that needs them. The models behind rewards come from the Hugging Face hub (HUB) at
+their first picture, live on the pictures' device, and leave a GPU whose memory is short once they have scored.
 """
+import functools
 import importlib.util
 import io
+import math
+import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 
@@ -23,20 +30,73 @@ class BadInput(ValueError):
     """Something the user gave is wrong; the message is one line that says what, and what to do about it."""
 
 
+# -------------------------------------------------------------------------------------------------------------- models
+HUB = {  # hub ids, or folders, of the models behind the rewards
+    "clip": "openai/clip-vit-large-patch14",
+    "aesthetic": "trl-lib/ddpo-aesthetic-predictor",  # a copy of LAION's head sac+logos+ava1-l14-linearMSE as a plain state dict
+    "pickscore": "yuvalkirstain/PickScore_v1",
+    "pickscore-processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    "llava": "llava-hf/llava-1.5-7b-hf",
+    "bert": "microsoft/deberta-xlarge-mnli",
+}
+BERT_LAYER, BERT_RECALL = 40, 0.5170288  # bert-score 0.3.13 for this encoder: best layer; mean recall of unrelated English sentences there
+ROOM = 6.0  # GiB of GPU memory that a reward's model leaves to the training, or goes
+
+
+@contextmanager
+def reaching(source):
+    """Whatever fails inside is a BadInput that names the model `source`."""
+    try:
+        yield
+    except Exception as e:
+        raise BadInput(f"cannot load {source} ({type(e).__name__}: {' '.join(str(e).split())[:100]}): it takes the Hugging Face hub once, "
+                       "or its cache (HF_HOME) filled elsewhere; compress and incompress need no model") from e
+
+
+@functools.cache
+def load(kind, source, **options):
+    """`kind`.from_pretrained(source) of transformers, once. Raises BadInput."""
+    import transformers
+
+    with reaching(source):
+        transformers.utils.cached_file(source, "config.json")  # no hub: one file's retries tell, not a dozen files'
+        return getattr(transformers, kind).from_pretrained(source, **options)
+
+
+@contextmanager
+def lent(kind, source, device, **options):
+    """The model of that kind on `device` for the block, half precision on a GPU. It leaves again if less than ROOM is free then."""
+    model = load(kind, source, dtype=torch.float16 if device.type == "cuda" else torch.float32, **options)
+    yield model.to(device)
+    if free_gib(device) < ROOM:
+        model.to("cpu")
+
+
+def free_gib(device):
+    """GiB that this process can still have on a GPU: the driver's free memory and what torch keeps unused. Elsewhere no limit."""
+    if device.type != "cuda":
+        return math.inf
+    return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) / 2**30
+
+
 # ------------------------------------------------------------------------------------------------------------- rewards
+def pictures(images):
+    """(B, 3, H, W) float in [0, 1] -> list of B pictures of Pillow."""
+    return [Image.fromarray(pixels) for pixels in (images * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()]
+
+
 def jpeg_kilobytes(images, quality=95):
     """Size of each picture as a JPEG file, in kilobytes of 1000 bytes (as DDPO, arXiv 2305.13301).
 
     images (B, 3, H, W) float in [0, 1] -> (B,) float32. Pillow releases the GIL while it encodes, so threads help.
     """
-    def kilobytes(pixels):
+    def kilobytes(picture):
         buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
+        picture.save(buffer, "JPEG", quality=quality)
         return buffer.tell() / 1000
 
-    pixels = (images * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
     with ThreadPoolExecutor(4) as pool:
-        return torch.tensor(list(pool.map(kilobytes, pixels)))
+        return torch.tensor(list(pool.map(kilobytes, pictures(images))))
 
 
 def compress(images, prompts):
@@ -49,29 +109,150 @@ def incompress(images, prompts):
     return jpeg_kilobytes(images)
 
 
-REWARDS = {"compress": compress, "incompress": incompress}
-HELP = "; ".join(f"{name}: {fn.__doc__.strip().splitlines()[0]}" for name, fn in REWARDS.items()) + "; or path/to/file.py:function"
+def clip_pixels(images, size, mean, std):
+    """CLIP's image processor on tensors: short side to `size` (bicubic, antialiased), centre crop, normalise.
+
+    images (B, 3, H, W) in [0, 1]; mean, std: 3 numbers each -> (B, 3, size, size) float32.
+    """
+    H, W = images.shape[-2:]
+    H, W = size * H // min(H, W), size * W // min(H, W)
+    images = F.interpolate(images.float(), (H, W), mode="bicubic", antialias=True).clamp(0, 1)  # bicubic overshoots
+    top, left = (H - size) // 2, (W - size) // 2
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (mean, std))
+    return (images[..., top : top + size, left : left + size] - mean) / std
 
 
-def get_reward(name):
-    """Reward function of that name, checked on every call: shape (B,), real numbers, finite. Raises BadInput."""
+@torch.no_grad()
+def clip_embed(images, prompts, source, processor):
+    """A CLIP's embeddings of B pictures and B prompts, of unit length, and its logit scale: (B, E), (B, E), () float32."""
+    processor = load("AutoProcessor", processor)
+    tokens = processor.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(images.device)
+    with lent("CLIPModel", source, images.device) as model:
+        pixels = clip_pixels(images, model.config.vision_config.image_size, processor.image_processor.image_mean, processor.image_processor.image_std)
+        out = model(pixel_values=pixels.to(model.dtype), **tokens)
+        return F.normalize(out.image_embeds.float(), dim=1), F.normalize(out.text_embeds.float(), dim=1), model.logit_scale.float().exp()
+
+
+def clip(images, prompts, source=None):
+    """CLIPScore, 2.5 max(cos, 0) of picture and prompt: 0 to 2.5
+
+    Hessel et al. 2021, arXiv 2104.08718, but the prompt as it stands, without their prefix "A photo depicts". `source`: another CLIP.
+    """
+    picture, prompt, _ = clip_embed(images, prompts, source or HUB["clip"], source or HUB["clip"])
+    return 2.5 * (picture * prompt).sum(1).clamp(min=0)
+
+
+def pickscore(images, prompts):
+    """PickScore, what people prefer: logit scale x cos of a CLIP-H tuned on their choices, about 17 to 24
+
+    Kirstain et al. 2023, arXiv 2305.01569. Not divided by anything (some divide by 26).
+    """
+    picture, prompt, scale = clip_embed(images, prompts, HUB["pickscore"], HUB["pickscore-processor"])
+    return scale * (picture * prompt).sum(1)
+
+
+@functools.cache
+def aesthetic_head(source):
+    """Weight and bias of the five linear layers of LAION's predictor: 768 - 1024 - 128 - 64 - 16 - 1. Raises BadInput."""
+    from transformers.utils import cached_file
+
+    with reaching(source):
+        state = torch.load(cached_file(source, "aesthetic-model.pth"), map_location="cpu", weights_only=True)
+        return [(state[f"layers.{i}.weight"].float(), state[f"layers.{i}.bias"].float()) for i in (0, 2, 4, 6, 7)]  # between them: dropout
+
+
+def aesthetic(images, prompts):
+    """LAION's aesthetic predictor on CLIP ViT-L/14: the rating people would give, 1 to 10
+
+    github.com/christophschuhmann/improved-aesthetic-predictor, the variant that DDPO and RLCM use. It has no nonlinearity.
+    """
+    x, _, _ = clip_embed(images, prompts, HUB["clip"], HUB["clip"])
+    for weight, bias in aesthetic_head(HUB["aesthetic"]):
+        x = F.linear(x, weight.to(x.device), bias.to(x.device))
+    return x.squeeze(1)
+
+
+@torch.no_grad()
+def describe(images):
+    """What LLaVA-1.5 says is going on in each picture, greedily, in 64 tokens at most: -> list of B strings. The question is DDPO's."""
+    processor, question = load("AutoProcessor", HUB["llava"]), "USER: <image>\nAnswer concisely: what is going on in this image? ASSISTANT:"
+    with lent("LlavaForConditionalGeneration", HUB["llava"], images.device) as model:
+        asked = processor(images=pictures(images), text=[question] * len(images), return_tensors="pt").to(images.device, model.dtype)
+        said = model.generate(**asked, do_sample=False, max_new_tokens=64)[:, asked["input_ids"].shape[1] :]
+    return [text.strip() for text in processor.batch_decode(said, skip_special_tokens=True)]
+
+
+@torch.no_grad()
+def bert_recall(references, candidates, device):
+    """BERTScore's recall (Zhang et al. 2020, arXiv 1904.09675): mean over the reference's tokens of the best cosine to any token of the candidate.
+
+    Two lists of B sentences -> (B,) float32. As in bert-score: [CLS] and [SEP] can be matched, but do not ask to be.
+    """
+    tokenizer = load("AutoTokenizer", HUB["bert"])
+
+    def embed(sentences):
+        tokens = tokenizer(sentences, padding=True, truncation=True, return_special_tokens_mask=True, return_tensors="pt").to(device)
+        special = tokens.pop("special_tokens_mask").bool()  # padding, too
+        return F.normalize(model(**tokens).last_hidden_state.float(), dim=2), tokens["attention_mask"].bool(), ~special
+
+    with lent("AutoModel", HUB["bert"], device, num_hidden_layers=BERT_LAYER) as model:
+        (reference, _, word), (candidate, there, _) = embed(references), embed(candidates)  # (B, L, E), (B, L), (B, L)
+    best = (reference @ candidate.mT).masked_fill(~there[:, None], -1).amax(2)  # (B, L of the reference)
+    return (best * word).sum(1) / word.sum(1)
+
+
+def align(images, prompts):
+    """does a LLaVA's description say what the prompt says? BERTScore recall, 0 for unrelated sentences and 1 at most
+
+    As DDPO and RLCM compare them, without their server. They report the recall before rescaling: 0.517 + 0.483 x this.
+    """
+    recall = bert_recall([f"The image contains {p}" for p in prompts], describe(images), images.device)
+    return (recall - BERT_RECALL) / (1 - BERT_RECALL)
+
+
+REWARDS = {fn.__name__: fn for fn in (compress, incompress, aesthetic, clip, pickscore, align)}
+HELP = "; ".join(f"{name}: {fn.__doc__.splitlines()[0]}" for name, fn in REWARDS.items())
+HELP += "; path/to/file.py:function; or a sum with weights, aesthetic:1,compress:0.05"
+
+
+def get_reward(name, clip_model=None):
+    """Reward function of that name, or weighted sum of several. clip_model: hub id or folder of another CLIP for `clip`. Raises BadInput."""
+    terms = [get_term(part.strip(), name, clip_model) for part in name.split(",")]
+    return lambda images, prompts: sum(term(images, prompts) for term in terms)
+
+
+def get_term(part, whole, clip_model):
+    """One part of a sum, `reward` or `reward:weight`, checked on every call: shape (B,), real numbers, finite. Raises BadInput."""
+    name, _, weight = part.rpartition(":")
+    if name not in REWARDS and ".py:" not in name:
+        name, weight = part, "1"
+    if not part:
+        raise BadInput(f"an empty part in the reward {whole!r}: write a sum as aesthetic:1,compress:0.05")
     if name in REWARDS:
-        fn = REWARDS[name]
-    elif ":" in name and name.rpartition(":")[0].endswith(".py"):
+        fn = functools.partial(clip, source=clip_model) if name == "clip" else REWARDS[name]
+    elif ".py:" in name:
         fn = load_function(*name.rsplit(":", 1))
     else:
         raise BadInput(f"unknown reward {name!r}: choose from {', '.join(REWARDS)}, or give path/to/file.py:function")
+    try:
+        scale = float(weight)
+    except ValueError:
+        scale = math.nan
+    if not math.isfinite(scale):
+        raise BadInput(f"the weight {weight!r} of reward {name!r} is not a finite number: write {name}:0.5")
 
     def checked(images, prompts):
         try:
-            r = torch.as_tensor(fn(images, prompts)).detach().float().cpu()  # float: integer rewards must not truncate advantages
+            r = scale * torch.as_tensor(fn(images, prompts)).detach().float().cpu()  # float: integer rewards must not truncate advantages
+        except BadInput:
+            raise
         except Exception as e:
-            raise BadInput(f"reward {name!r} raised {type(e).__name__}: {' '.join(str(e).split())[:200]}") from e
+            raise BadInput(f"reward {part!r} raised {type(e).__name__}: {' '.join(str(e).split())[:200]}") from e
         if tuple(r.shape) != (len(prompts),):
-            raise BadInput(f"reward {name!r} returned shape {tuple(r.shape)} for {len(prompts)} pictures: it must return one number each, shape ({len(prompts)},)")
+            raise BadInput(f"reward {part!r} returned shape {tuple(r.shape)} for {len(prompts)} pictures: it must return one number each, shape ({len(prompts)},)")
         if not r.isfinite().all():
             i = int((~r.isfinite()).nonzero()[0])
-            raise BadInput(f"reward {name!r} returned {r[i].item()} for the prompt {prompts[i]!r}: it must be finite")
+            raise BadInput(f"reward {part!r} returned {r[i].item()} for the prompt {prompts[i]!r}: it must be finite")
         return r
 
     return checked
@@ -97,17 +278,69 @@ ANIMALS = (  # the 45 common animals of the DDPO paper, appendix
     "cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard beetle ant butterfly fish "
     "shark whale dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig turkey fly llama camel bat gorilla hedgehog kangaroo"
 ).split()
-PROMPTS = {"animals": ANIMALS}
+OTHER_ANIMALS = (  # held out: none of the 45, all known to the embedded model
+    "badger beaver bison crab crocodile eagle elephant flamingo giraffe hippopotamus jellyfish koala leopard lobster octopus otter owl panda parrot "
+    "peacock penguin rhinoceros snail swan"
+).split()
+IMAGENET_ANIMALS = (  # ImageNet-1k's animal classes, 0 to 397, the first name of each
+    "tench, goldfish, great white shark, tiger shark, hammerhead, electric ray, stingray, cock, hen, ostrich, brambling, goldfinch, house finch, junco, "
+    "indigo bunting, robin, bulbul, jay, magpie, chickadee, water ouzel, kite, bald eagle, vulture, great grey owl, European fire salamander, common newt, "
+    "eft, spotted salamander, axolotl, bullfrog, tree frog, tailed frog, loggerhead, leatherback turtle, mud turtle, terrapin, box turtle, banded gecko, "
+    "common iguana, American chameleon, whiptail, agama, frilled lizard, alligator lizard, Gila monster, green lizard, African chameleon, Komodo dragon, "
+    "African crocodile, American alligator, triceratops, thunder snake, ringneck snake, hognose snake, green snake, king snake, garter snake, water snake, "
+    "vine snake, night snake, boa constrictor, rock python, Indian cobra, green mamba, sea snake, horned viper, diamondback, sidewinder, trilobite, "
+    "harvestman, scorpion, black and gold garden spider, barn spider, garden spider, black widow, tarantula, wolf spider, tick, centipede, black grouse, "
+    "ptarmigan, ruffed grouse, prairie chicken, peacock, quail, partridge, African grey, macaw, sulphur-crested cockatoo, lorikeet, coucal, bee eater, "
+    "hornbill, hummingbird, jacamar, toucan, drake, red-breasted merganser, goose, black swan, tusker, echidna, platypus, wallaby, koala, wombat, jellyfish, "
+    "sea anemone, brain coral, flatworm, nematode, conch, snail, slug, sea slug, chiton, chambered nautilus, Dungeness crab, rock crab, fiddler crab, king "
+    "crab, American lobster, spiny lobster, crayfish, hermit crab, isopod, white stork, black stork, spoonbill, flamingo, little blue heron, American egret, "
+    "bittern, crane, limpkin, European gallinule, American coot, bustard, ruddy turnstone, red-backed sandpiper, redshank, dowitcher, oystercatcher, pelican, "
+    "king penguin, albatross, grey whale, killer whale, dugong, sea lion, Chihuahua, Japanese spaniel, Maltese dog, Pekinese, Shih-Tzu, Blenheim spaniel, "
+    "papillon, toy terrier, Rhodesian ridgeback, Afghan hound, basset, beagle, bloodhound, bluetick, black-and-tan coonhound, Walker hound, English foxhound, "
+    "redbone, borzoi, Irish wolfhound, Italian greyhound, whippet, Ibizan hound, Norwegian elkhound, otterhound, Saluki, Scottish deerhound, Weimaraner, "
+    "Staffordshire bullterrier, American Staffordshire terrier, Bedlington terrier, Border terrier, Kerry blue terrier, Irish terrier, Norfolk terrier, "
+    "Norwich terrier, Yorkshire terrier, wire-haired fox terrier, Lakeland terrier, Sealyham terrier, Airedale, cairn, Australian terrier, Dandie Dinmont, "
+    "Boston bull, miniature schnauzer, giant schnauzer, standard schnauzer, Scotch terrier, Tibetan terrier, silky terrier, soft-coated wheaten terrier, West "
+    "Highland white terrier, Lhasa, flat-coated retriever, curly-coated retriever, golden retriever, Labrador retriever, Chesapeake Bay retriever, German "
+    "short-haired pointer, vizsla, English setter, Irish setter, Gordon setter, Brittany spaniel, clumber, English springer, Welsh springer spaniel, cocker "
+    "spaniel, Sussex spaniel, Irish water spaniel, kuvasz, schipperke, groenendael, malinois, briard, kelpie, komondor, Old English sheepdog, Shetland "
+    "sheepdog, collie, Border collie, Bouvier des Flandres, Rottweiler, German shepherd, Doberman, miniature pinscher, Greater Swiss Mountain dog, Bernese "
+    "mountain dog, Appenzeller, EntleBucher, boxer, bull mastiff, Tibetan mastiff, French bulldog, Great Dane, Saint Bernard, Eskimo dog, malamute, Siberian "
+    "husky, dalmatian, affenpinscher, basenji, pug, Leonberg, Newfoundland, Great Pyrenees, Samoyed, Pomeranian, chow, keeshond, Brabancon griffon, Pembroke, "
+    "Cardigan, toy poodle, miniature poodle, standard poodle, Mexican hairless, timber wolf, white wolf, red wolf, coyote, dingo, dhole, African hunting dog, "
+    "hyena, red fox, kit fox, Arctic fox, grey fox, tabby, tiger cat, Persian cat, Siamese cat, Egyptian cat, cougar, lynx, leopard, snow leopard, jaguar, "
+    "lion, tiger, cheetah, brown bear, American black bear, ice bear, sloth bear, mongoose, meerkat, tiger beetle, ladybug, ground beetle, long-horned "
+    "beetle, leaf beetle, dung beetle, rhinoceros beetle, weevil, fly, bee, ant, grasshopper, cricket, walking stick, cockroach, mantis, cicada, leafhopper, "
+    "lacewing, dragonfly, damselfly, admiral, ringlet, monarch, cabbage butterfly, sulphur butterfly, lycaenid, starfish, sea urchin, sea cucumber, wood "
+    "rabbit, hare, Angora, hamster, porcupine, fox squirrel, marmot, beaver, guinea pig, sorrel, zebra, hog, wild boar, warthog, hippopotamus, ox, water "
+    "buffalo, bison, ram, bighorn, ibex, hartebeest, impala, gazelle, Arabian camel, llama, weasel, mink, polecat, black-footed ferret, otter, skunk, badger, "
+    "armadillo, three-toed sloth, orangutan, gorilla, chimpanzee, gibbon, siamang, guenon, patas, baboon, macaque, langur, colobus, proboscis monkey, "
+    "marmoset, capuchin, howler monkey, titi, spider monkey, squirrel monkey, Madagascar cat, indri, Indian elephant, African elephant, lesser panda, giant "
+    "panda, barracouta, eel, coho, rock beauty, anemone fish, sturgeon, gar, lionfish, puffer"
+).split(", ")
+ACTIVITIES = "riding a bike", "playing chess", "washing dishes"  # DDPO, section 5
+PROMPTS = {
+    "animals": ANIMALS,
+    "other-animals": OTHER_ANIMALS,
+    "imagenet-animals": IMAGENET_ANIMALS,
+    "animals-activities": [f"{'an' if animal[0] in 'aeiou' else 'a'} {animal} {activity}" for animal in ANIMALS for activity in ACTIVITIES],
+}
 
 
 def get_prompts(name):
-    """List of prompts: a set of that name, or the non-empty lines of a text file. Raises BadInput."""
+    """List of prompts: a set of that name, the non-empty lines of a text file, or the words themselves. Raises BadInput.
+
+    Words are a prompt if there are two or more, no file has that name, and they do not end in .txt.
+    """
     if name in PROMPTS:
         return list(PROMPTS[name])
+    if len(name.split()) > 1 and not os.path.exists(name) and not name.endswith(".txt"):
+        return [name.strip()]
     try:
         prompts = [line.strip() for line in Path(name).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
-        raise BadInput(f"no prompt set and no readable text file {name!r} ({type(e).__name__}): choose from {', '.join(PROMPTS)}, or give a file with one prompt a line") from e
+        raise BadInput(f"no prompt set and no readable text file {name!r} ({type(e).__name__}): choose from {', '.join(PROMPTS)}, "
+                       "give a file with one prompt a line, or a prompt of two words or more") from e
     if not prompts:
         raise BadInput(f"the prompt file {name} is empty: write one prompt a line")
     return prompts
