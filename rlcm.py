@@ -1,12 +1,15 @@
 """RLCM in one file: reinforcement learning for consistency models, from the formula to the trained LoRA.
 
-Fine-tunes a text-to-image latent consistency model on any reward by policy gradients, next to the diffusion baseline (DDPO). Read it
-from the top: each equation stands beside the line that computes it. Rewards and prompt sets live next door, in rewards.py.
+Fine-tunes a text-to-image latent consistency model on any reward by policy gradients, next to the diffusion baseline (DDPO) and to
+continuous-time RL (Scores as Actions). Read it from the top: each equation stands beside the line that computes it. Rewards and prompt
+sets live next door, in rewards.py; what draws and tabulates finished runs in bench/figures.py.
 
     python rlcm.py --reward compress --steps 4                     # train; runs/NAME/ holds pictures, curves and the LoRA
     python rlcm.py --reward my_reward.py:redness --prompts my_prompts.txt
-    python rlcm.py --method ddpo --reward compress                 # the diffusion baseline
+    python rlcm.py --method ddpo --reward compress                 # or --method score: the same loop, another Gaussian kernel
     python rlcm.py --sample "a cat" "a dog" --load runs/NAME       # base row above tuned row, same noise
+    python rlcm.py --evaluate runs/NAME                            # reward by number of steps, base and tuned, held-out prompts apart
+    python rlcm.py --plot runs/A runs/B                            # reward against reward queries and wall-clock
     python rlcm.py --resume runs/NAME                              # go on where a stopped run was last saved, bit for bit
     accelerate launch rlcm.py --reward compress                    # several GPUs; B is shared out, one process writes
 
@@ -21,24 +24,24 @@ The idea. Sampling, in few steps or many, is a Markov decision process with Gaus
     state s_k = (x_k, t_k, c)      action a_k = x_{k+1} ~ N( mean_theta(x_k, t_k, c), std_k^2 I )      k = 0 .. T-1
     picture = decode( readout(x_T) )      reward r(picture, c), given once, at the end
 
-    RLCM (section 4)   mean = sqrt(ab_{k+1}) f_theta(x_k, t_k, c),   std = sqrt(1 - ab_{k+1}),   readout = f_theta(x_T, t_T, c)
-    DDPO               mean = the DDIM step with eta = 1,            std = DDIM's sigma_k,       readout = x_T
+    RLCM    mean = sqrt(ab_{k+1}) f_theta(x_k, t_k, c)           std = sqrt(1 - ab_{k+1})    readout = f_theta(x_T, t_T, c)
+    DDPO    mean = the DDIM step with eta = 1                    std = DDIM's sigma_k        readout = x_T
+    SaA     mean = x_k + (1/2 x_k + score_theta) beta dt         std = sqrt(beta dt)         readout = x_T
 
-A method is three functions of one signature: its schedule, its policy (x, k, c) -> mean, std, and its readout. Rollout samples
-from the policy, the update re-scores with the same call, and everything else in this file does not know which method runs.
+A method is three functions of one signature: its schedule, its policy (x, k, c) -> mean, std, and its readout. Rollout samples from
+the policy, the update re-scores with the same call, and nothing else knows which method runs, but for SaA's value function.
 
 Glossary       symbol in the papers                                         here
     B          pictures per epoch                                           cfg.batch_size
     H          evaluations of the model for one picture                     cfg.steps
-    T          actions (transitions) in one picture: H - 1, for DDPO H      len(s.std)
+    T          actions (transitions) in one picture: H - 1 for RLCM, else H len(s.std)
     D          latent dimensions, C * h * w
     x_k        noisy latent, x_0 ~ N(0, I)                                  x        (B, C, h, w) float32
-    t_k        timestep of the model's own scheduler                        s.t[k]
+    t_k        timestep of the model's own scheduler; SaA: a real number    s.t[k]
     ab         alpha-bar, the share of signal variance at t_k               s.ab[k]
     c          prompt embedding                                             c        (B, L, E)
-    eps        the network: predicted noise                                 eps(x, t, c)
-    f_theta    consistency function: the clean latent, in one step          f
-    pre        the pretrained model: the same network, adapter off          mean_pre
+    eps        the network: predicted noise = - score * sqrt(1 - ab)        eps(x, t, c)
+    pre        the pretrained model: the same network, adapter off          eps_pre, mean_pre
     lambda     weight of the KL to the pretrained model                     cfg.kl
     A_k        advantage of an action                                       advantage
 
@@ -49,25 +52,29 @@ Differs from the official RLCM code (github.com/Owen-Oertell/rlcm)
     3. States are stored as the network saw them and mean, std and log-prob are float32, in micro-batches of one shape: the ratio is
        exactly 1 before the first optimizer step. `ratio_drift` in metrics.csv shows it.
     4. A KL to the pretrained model (as in SaA) keeps the subject in the picture. Without it, compression ends in a blank page.
-    5. The prompts and noise of epoch e are a function of (seed, e): no generator state to lose.
-    6. No learning-rate schedule; the final epoch is saved; the LoRA has the keys and the alpha that diffusers reads.
+    5. No generator state to lose (prompts and noise are a function of seed and epoch), no learning-rate schedule; the final epoch is saved.
 Differs from the DDPO code: guidance is on in training as in sampling; an action with std = 0 has no density and is left out of the loss.
 Kept from both papers: log-prob averaged over D, per-prompt running advantages, PPO clip range 1e-4, one pass over the data.
 """
+import copy
 import csv
 import json
 import os
+import shutil
+import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, Optional
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # a quiet terminal: nothing here that the user could act on
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+import numpy as np
 import torch
 
 from rewards import HELP, PROMPTS, BadInput, get_prompts, get_reward
@@ -84,11 +91,11 @@ def flag(default, help, **parser):
 class Config:
     """Everything a run depends on; the command line is made of it. None: taken from the model's preset (`PRESETS`)."""
     reward: str = flag("compress", HELP)
-    method: Literal["rlcm", "ddpo"] = flag("rlcm", "the policy: a consistency model's, or a diffusion model's")
+    method: Literal["rlcm", "ddpo", "score"] = flag("rlcm", "the policy: a consistency model's, a diffusion model's in discrete or in continuous time")
     algo: Literal["ppo", "reinforce"] = flag("ppo", "clipped ratio, or plain score function")
     model: str = flag("auto", "auto, tiny, a folder or a hub id of a diffusers pipeline; auto: the real model on a CUDA GPU, tiny elsewhere")
     prompts: str = flag("animals", f"{', '.join(PROMPTS)}, or a text file with one prompt a line")
-    steps: Optional[int] = flag(None, "H, evaluations of the model for one picture: 2 to 50; default 4 for rlcm, 10 or 50 for ddpo")
+    steps: Optional[int] = flag(None, "H, evaluations of the model for one picture: 2 to 50; default 4 for rlcm, 10 or 50 for the others")
     epochs: Optional[int] = flag(None, "rollouts of the run")
     batch_size: Optional[int] = flag(None, "B, pictures in an epoch")
     micro_batch: Optional[int] = flag(None, "pictures or transitions in one pass of the network; changes memory, not results")
@@ -96,7 +103,7 @@ class Config:
     lr: Optional[float] = flag(None, "learning rate of Adam")
     kl: Optional[float] = flag(None, "lambda, in units of reward per nat of path KL to the pretrained model; 0: none")
     guidance: Optional[float] = flag(None, "guidance scale")
-    lora_rank: Optional[int] = flag(None, "rank of the adapter")
+    lora_rank: Optional[int] = flag(None, "rank of the adapter; 0: train all weights of the network")
     lora_alpha: Optional[int] = flag(None, "alpha of the adapter")
     clip_range: float = flag(1e-4, "PPO's epsilon; the log-prob is an average over D, so ratios stay close to 1")
     adv_clip: float = flag(10.0, "advantages are clipped to +- this")
@@ -108,16 +115,21 @@ class Config:
     save_every: int = flag(10, "epochs between sample grids, curves and saved LoRAs")
     out: Optional[str] = flag(None, "run directory; default runs/METHOD-REWARD-SEED-TIME (with --sample: the picture's file)")
     sample: Optional[list[str]] = flag(None, "draw these prompts instead of training", nargs="+")
-    load: Optional[str] = flag(None, "with --sample: the run whose LoRA draws the second row")
+    load: Optional[str] = flag(None, "with --sample: the run whose weights draw the second row")
+    evaluate: Optional[str] = flag(None, "table of this run's reward, base and tuned, by number of steps")
+    eval_prompts: str = flag("other-animals", "held-out prompts of --evaluate: as --prompts")
+    plot: Optional[list[str]] = flag(None, "draw the reward curves of these runs; seeds of one setting are averaged", nargs="+")
     resume: Optional[str] = flag(None, "continue this run directory, bit for bit; of its settings only --epochs may change")
 
 
-TINY, REAL = {"rlcm": "lcm", "ddpo": "sd"}, {"rlcm": "SimianLuo/LCM_Dreamshaper_v7", "ddpo": "Lykon/dreamshaper-7"}
-PRESETS = {  # (model, method): the papers' settings for the real models, ours for the embedded ones
-    ("tiny", "rlcm"): dict(steps=4, epochs=24, batch_size=64, micro_batch=32, updates=1, lr=3e-3, kl=0.003, guidance=3.0, lora_rank=8, lora_alpha=8, buffer_size=8, min_count=4),
-    ("tiny", "ddpo"): dict(steps=10, epochs=24, batch_size=64, micro_batch=32, updates=1, lr=3e-3, kl=0.003, guidance=3.0, lora_rank=8, lora_alpha=8, buffer_size=8, min_count=4),
-    ("real", "rlcm"): dict(steps=4, epochs=1000, batch_size=16, micro_batch=2, updates=1, lr=1e-4, kl=0.0, guidance=8.0, lora_rank=16, lora_alpha=32, buffer_size=16, min_count=16),
-    ("real", "ddpo"): dict(steps=50, epochs=100, batch_size=256, micro_batch=2, updates=4, lr=3e-4, kl=0.0, guidance=5.0, lora_rank=4, lora_alpha=4, buffer_size=16, min_count=16),
+TINY = {"rlcm": "lcm", "ddpo": "sd", "score": "sd"}
+REAL = {"rlcm": "SimianLuo/LCM_Dreamshaper_v7", "ddpo": "Lykon/dreamshaper-7", "score": "Lykon/dreamshaper-7"}
+OURS = dict(epochs=36, batch_size=64, micro_batch=32, updates=1, lr=2e-3, lora_rank=8, lora_alpha=8, buffer_size=8, min_count=4)
+DDPO = dict(steps=50, epochs=100, batch_size=256, micro_batch=2, updates=4, lr=3e-4, kl=0.0, guidance=5.0, lora_rank=4, lora_alpha=4, buffer_size=16, min_count=16)
+RLCM = dict(steps=4, epochs=1000, batch_size=16, micro_batch=2, updates=1, lr=1e-4, kl=0.0, guidance=8.0, lora_rank=16, lora_alpha=32, buffer_size=16, min_count=16)
+PRESETS = {  # (model, method): ours for the embedded models, the papers' for the real ones
+    ("tiny", "rlcm"): OURS | dict(steps=4, kl=0.0025, guidance=6.0), ("tiny", "ddpo"): OURS | dict(steps=8, kl=0.005, guidance=3.0), ("tiny", "score"): OURS | dict(steps=8, kl=0.005, guidance=3.0),
+    ("real", "rlcm"): RLCM, ("real", "ddpo"): DDPO, ("real", "score"): DDPO,
 }
 
 
@@ -125,8 +137,7 @@ def resolve(cfg):
     """A copy of cfg with what was left open filled in and every number checked. Raises BadInput."""
     cfg = replace(cfg)
     if cfg.model == "auto":
-        cfg.model = REAL[cfg.method] if torch.cuda.is_available() else "tiny"
-        why = "a CUDA GPU is here" if torch.cuda.is_available() else "no CUDA GPU here"
+        cfg.model, why = (REAL[cfg.method], "a CUDA GPU is here") if torch.cuda.is_available() else ("tiny", "no CUDA GPU here")
         say(f"model: {cfg.model} ({why}; --model chooses)")
     for name, value in PRESETS["tiny" if cfg.model == "tiny" else "real", cfg.method].items():
         if getattr(cfg, name) is None:
@@ -134,17 +145,20 @@ def resolve(cfg):
     cfg.precision = cfg.precision or ("bf16" if torch.cuda.is_available() else "fp32")
     if not 2 <= cfg.steps <= 50:
         raise BadInput(f"--steps {cfg.steps}: between 2 and 50 evaluations" + (", because a single one has no random transition to reinforce" if cfg.steps == 1 else ""))
-    for name in ("epochs", "batch_size", "micro_batch", "updates", "lr", "lora_rank", "lora_alpha", "clip_range", "adv_clip", "buffer_size", "min_count", "max_grad_norm", "save_every"):
-        if not 0 < getattr(cfg, name) < float("inf"):
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be a positive number")
-    for name in ("kl", "guidance", "seed"):
-        if not 0 <= getattr(cfg, name) < float("inf"):
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be zero or a positive number")
+    at_least_0 = ("kl", "guidance", "seed", "lora_rank")
+    for name in ("epochs", "batch_size", "micro_batch", "updates", "lr", "lora_alpha", "clip_range", "adv_clip", "buffer_size", "min_count", "max_grad_norm", "save_every", *at_least_0):
+        if not (0 <= getattr(cfg, name) if name in at_least_0 else 0 < getattr(cfg, name)) or getattr(cfg, name) == float("inf"):
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be a positive number" + " or zero" * (name in at_least_0))
     if cfg.batch_size % cfg.updates:
         raise BadInput(f"--batch-size {cfg.batch_size} does not divide into --updates {cfg.updates}")
     if cfg.min_count > cfg.buffer_size:
         raise BadInput(f"--min-count {cfg.min_count} is more than the --buffer-size {cfg.buffer_size} rewards remembered: no prompt would ever reach it")
     return cfg
+
+
+def reward_of(cfg):
+    """The reward function; with the embedded model `clip` is the embedded CLIP. Raises BadInput."""
+    return get_reward(cfg.reward, str(HERE / "tiny" / "clip") if cfg.model == "tiny" else None)
 
 
 def say(line):
@@ -169,6 +183,18 @@ def ddpo_schedule(scheduler, steps, device):
     before = t - scheduler.config.num_train_timesteps // steps  # where DDIMScheduler.step goes from t
     ab, ab_next = scheduler.alphas_cumprod[t], torch.where(before >= 0, scheduler.alphas_cumprod[before.clamp(min=0)], scheduler.final_alpha_cumprod)
     return on(device, t=t, ab=ab, ab_next=ab_next, std=((1 - ab_next) / (1 - ab) * (1 - ab / ab_next)).sqrt())  # DDIM, eq. 16
+
+
+def score_schedule(scheduler, steps, device):
+    """Real times of the reverse SDE, of each of T = H actions: t, ab (T,) and std (T,), std^2 = integral of beta over the step.
+
+    In the forward SDE dX = -1/2 beta X dt + sqrt(beta) dB the integral of beta from 0 to t is -log ab(t); it is read off the model's
+    schedule, linear between the scheduler's timesteps. The grid's steps shrink towards the data, where the last one's noise stays in the picture.
+    """
+    integral = -scheduler.alphas_cumprod.double().log()  # of beta, at t = 0 .. 999
+    grid = integral[0] + (integral[-1] - integral[0]) * torch.linspace(1, 0, steps + 1).double() ** 3
+    t = torch.from_numpy(np.interp(grid[:-1], integral, np.arange(len(integral))))
+    return on(device, t=t.float(), ab=(-grid[:-1]).exp().float(), std=(grid[:-1] - grid[1:]).sqrt().float())
 
 
 def on(device, **tensors):
@@ -207,8 +233,8 @@ def rlcm_policy(eps, x, k, c, s):
     return at(s.ab_next, k).sqrt() * rlcm_readout(eps, x, k, c, s), at(s.std, k)
 
 
-def ddpo_readout(eps, x, k, c, s):
-    """The last state is the latent."""
+def last_state(eps, x, k, c, s):
+    """Readout of the diffusion models: the last state is the latent."""
     return x
 
 
@@ -220,7 +246,13 @@ def ddpo_policy(eps, x, k, c, s):
     return at(s.ab_next, k).sqrt() * x_0 + direction, at(s.std, k)
 
 
-METHODS = {"ddpo": (ddpo_schedule, ddpo_policy, ddpo_readout), "rlcm": (rlcm_schedule, rlcm_policy, rlcm_readout)}
+def score_policy(eps, x, k, c, s):
+    """Euler-Maruyama step of the reverse SDE (SaA, eq. 8): the action is the score, its exploration the noise of the SDE: as rlcm_policy."""
+    score = -eps(x, s.t[k], c) / (1 - at(s.ab, k)).sqrt()
+    return x + at(s.std, k) ** 2 * (x / 2 + score), at(s.std, k)
+
+
+METHODS = {"rlcm": (rlcm_schedule, rlcm_policy, rlcm_readout), "ddpo": (ddpo_schedule, ddpo_policy, last_state), "score": (score_schedule, score_policy, last_state)}
 
 
 # ------------------------------------------------------------------------------------------------------------- rollout
@@ -229,30 +261,28 @@ def rollout(model, method, s, c, z, micro_batch, reference=False, on_pictures=No
     """Sample B trajectories from noise z, in micro-batches.
 
     z (T+1, B, C, h, w): z[0] is x_0, z[k+1] the noise of action k. c (B, L, E). `on_pictures(images, slice)` is called as soon as a
-    micro-batch is decoded, before the next one is sampled. Returns x (T+1, B, C, h, w); log_p (T, B); mean_pre (T, B, C, h, w) and
-    kl (T, B) against the pretrained model, or None and zeros; all float32.
+    micro-batch is decoded, before the next one is sampled. Returns x (T+1, B, C, h, w); mean (T, B, C, h, w); log_p (T, B);
+    mean_pre (T, B, C, h, w) and kl (T, B) against the pretrained model, or None and zeros; all float32.
     """
     _, policy, readout = METHODS[method]
-    T, B = len(z) - 1, len(c)
+    T, B, random = len(z) - 1, len(c), (s.std > 0).tolist()
     assert z.shape[1] == B and T == len(s.std)
-    x, log_p, kl = torch.empty_like(z), z.new_zeros(T, B), z.new_zeros(T, B)
-    mean_pre = torch.empty_like(z[1:]) if reference else None
+    x, mean, log_p, kl = torch.empty_like(z), torch.empty_like(z[1:]), z.new_zeros(T, B), z.new_zeros(T, B)
+    mean_pre = torch.empty_like(mean) if reference else None
     for i in range(0, B, micro_batch):
         b = slice(i, i + micro_batch)
+        step = lambda n: torch.full((len(c[b]),), n, device=z.device)
         x[0, b] = z[0, b]
-        for n in range(T):
-            k = torch.full((len(c[b]),), n, device=z.device)
-            mean, std = policy(model.eps, x[n, b], k, c[b], s)
-            x[n + 1, b] = mean + std * z[n + 1, b]  # a_k ~ pi_theta
-            log_p[n, b] = log_prob(x[n + 1, b], mean, std)
-            if reference and std.min() > 0:  # an action without noise has no density
-                model.pipe.unet.disable_adapters()
-                mean_pre[n, b] = policy(model.eps, x[n, b], k, c[b], s)[0]
-                model.pipe.unet.enable_adapters()
-                kl[n, b] = gaussian_kl(mean, mean_pre[n, b], std)
+        for k in range(T):
+            mean[k, b], std = policy(model.eps, x[k, b], step(k), c[b], s)
+            x[k + 1, b] = mean[k, b] + std * z[k + 1, b]  # a_k ~ pi_theta
+            log_p[k, b] = log_prob(x[k + 1, b], mean[k, b], std)
+            if reference and random[k]:  # an action without noise has no density
+                mean_pre[k, b] = policy(model.eps_pre, x[k, b], step(k), c[b], s)[0]
+                kl[k, b] = gaussian_kl(mean[k, b], mean_pre[k, b], std)
         if on_pictures:
-            on_pictures(model.decode(readout(model.eps, x[T, b], torch.full_like(k, T), c[b], s)), b)
-    return SimpleNamespace(x=x, log_p=log_p, mean_pre=mean_pre, kl=kl)
+            on_pictures(model.decode(readout(model.eps, x[T, b], step(T), c[b], s)), b)
+    return SimpleNamespace(x=x, mean=mean, log_p=log_p, mean_pre=mean_pre, kl=kl)
 
 
 # ---------------------------------------------------------------------------------------------------------- advantages
@@ -271,6 +301,37 @@ def advantages(rewards, prompts, history, size, min_count, clip):
     return ((rewards - mean) / std).clamp(-clip, clip).float(), (1 / std).float()
 
 
+# ------------------------------------------------------------------------------------------ value function (score only)
+class Value(torch.nn.Module):
+    """V_phi(t, x_t, c) = sqrt(ab) R_phi(x_0) + sqrt(1 - ab) F_phi(x_0, t), at the data end R_phi alone (SaA): (n, C, h, w), (n, 1, 1, 1) -> (n,)."""
+
+    def __init__(self, C):
+        super().__init__()
+        net = lambda channels: torch.nn.Sequential(
+            torch.nn.Conv2d(channels, 32, 3, 2, 1), torch.nn.SiLU(), torch.nn.Conv2d(32, 64, 3, 2, 1), torch.nn.SiLU(),
+            torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(256, 1), torch.nn.Flatten(0))  # fmt: skip
+        self.R, self.F = net(C), net(C + 1)
+
+    def forward(self, x_0, ab):
+        x_0, t = x_0.clamp(-4, 4), ab.expand(-1, 1, *x_0.shape[2:])  # latents have unit scale; a guess from pure noise may not
+        return ab.flatten().sqrt() * self.R(x_0) + (1 - ab).flatten().sqrt() * self.F(torch.cat([x_0, t], 1))
+
+
+def actor_critic(V, optimizer, accelerator, s, roll, target, g, fits=64):
+    """Advantage = return to go minus V_phi(t_k, x_k), then V_phi is fitted to the return to go (martingale loss): target (T, B) -> (T, B)."""
+    k = torch.arange(len(s.std), device=target.device).repeat_interleave(target.shape[1])
+    x, mean, ab, goal = roll.x[:-1].flatten(0, 1), roll.mean.flatten(0, 1), at(s.ab, k), target.flatten()
+    score = (mean - x) / at(s.std, k) ** 2 - x / 2  # the action, read off the step it made
+    x_0 = (x + (1 - ab) * score) / ab.sqrt()  # predicted clean latent (Tweedie)
+    with torch.no_grad():
+        advantage = goal - torch.cat([V(*part) for part in zip(x_0.split(1024), ab.split(1024))])
+    for i in torch.randint(len(goal), (fits, 256), generator=g).to(goal.device):
+        accelerator.backward((V(x_0[i], ab[i]) - goal[i]).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+    return advantage.view_as(target)
+
+
 # ----------------------------------------------------------------------------------------------------- loss and update
 def policy_loss(log_p, log_p_old, advantage, algo, clip_range):
     """Loss of each transition and its ratio: (n,), (n,), (n,) -> (n,), (n,)."""
@@ -281,11 +342,12 @@ def policy_loss(log_p, log_p_old, advantage, algo, clip_range):
     return -torch.minimum(advantage * ratio, advantage * clipped), ratio  # PPO (arXiv 1707.06347, eq. 7)
 
 
-def update(model, cfg, accelerator, optimizer, s, c, roll, advantage, scale):
+def update(model, cfg, accelerator, optimizer, s, c, roll, advantage, scale, skipped=0):
     """One pass over the rollout in `cfg.updates` optimizer steps. Returns the epoch's metrics.
 
     The transitions of all timesteps of a step's pictures are one flat batch, walked in micro-batches of the rollout's own shape
-    and order. roll: what `rollout` returned; advantage, scale (B,).
+    and order. roll: what `rollout` returned; advantage (B,) or (T, B); scale (B,). A step whose gradient is not finite is left
+    out; `skipped` counts them in a row. Raises BadInput at ten.
     """
     policy, B, D = METHODS[cfg.method][1], roll.log_p.shape[1], roll.x[0, 0].numel()
     random = s.std > 0  # an action without noise has no density: it is left out
@@ -298,7 +360,7 @@ def update(model, cfg, accelerator, optimizer, s, c, roll, advantage, scale):
         flat = lambda v: v[random][:, b].flatten(0, 1)  # (T, B, ...) -> (T * n, ...)
         x, x_next, log_p_old, k = flat(roll.x[:-1]), flat(roll.x[1:]), flat(roll.log_p), random.nonzero().repeat_interleave(n)
         mean_pre = flat(roll.mean_pre) if cfg.kl else None
-        c_k, A, w = c[b].repeat(T, 1, 1), advantage[b].repeat(T), scale[b].repeat(T)
+        c_k, A, w = c[b].repeat(T, 1, 1), flat(advantage.expand(len(s.std), -1)), scale[b].repeat(T)
         for i in range(0, T * n, m):
             j = slice(i, i + m)
             with accelerator.no_sync(model.unet) if i + m < T * n else nullcontext():  # processes average gradients once a step
@@ -312,10 +374,14 @@ def update(model, cfg, accelerator, optimizer, s, c, roll, advantage, scale):
             if u == 0:  # nothing has moved yet: any difference is numerical
                 drift.append((ratio.detach() - 1).abs().max())
         norms.append(accelerator.clip_grad_norm_(optimizer.param_groups[0]["params"], cfg.max_grad_norm))
-        optimizer.step()
+        skipped = 0 if norms[-1].isfinite() else skipped + 1
+        if skipped == 10:
+            raise BadInput("ten gradients in a row were not finite: nothing was changed by them; try a smaller --lr or --precision fp32")
+        if not skipped or accelerator.scaler:  # fp16's scaler leaves the step out by itself, and needs to see it
+            optimizer.step()
         optimizer.zero_grad()
     loss, approx_kl, clip_fraction = accelerator.reduce(torch.cat(stats, 1).mean(1), "mean").tolist()
-    return {"loss": loss, "approx_kl": approx_kl, "clip_fraction": clip_fraction, "ratio_drift": torch.stack(drift).max().item(), "grad_norm": torch.stack(norms).mean().item()}
+    return {"loss": loss, "approx_kl": approx_kl, "clip_fraction": clip_fraction, "ratio_drift": torch.stack(drift).max().item(), "grad_norm": torch.stack(norms).mean().item(), "skipped": skipped}
 
 
 def micro_batch_of(cfg, n):
@@ -327,8 +393,8 @@ def micro_batch_of(cfg, n):
 def load_model(cfg, device):
     """The diffusers pipeline and what the algorithm needs of it, as plain functions.
 
-    Returns a namespace: pipe; unet (with the LoRA, everything else frozen); eps(x, t, c) -> (B, C, h, w) float32; encode(prompts) ->
-    (B, L, E); decode(latents) -> (B, 3, H, W) in [0, 1]; shape (C, h, w). Raises BadInput where no such pipeline can be had.
+    Returns a namespace: pipe; unet (what is trained of it in float32, everything else frozen); eps(x, t, c) and eps_pre(x, t, c), the
+    pretrained model -> (B, C, h, w) float32; encode(prompts) -> (B, L, E); decode(latents) -> (B, 3, H, W) in [0, 1]; shape (C, h, w). Raises BadInput where no such pipeline can be had.
     """
     from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler
     from diffusers.training_utils import cast_training_params
@@ -343,7 +409,7 @@ def load_model(cfg, device):
         pipe = DiffusionPipeline.from_pretrained(path, dtype=dtype, safety_checker=None, requires_safety_checker=False)
     except Exception as e:
         raise BadInput(f"cannot load the model {path} ({type(e).__name__}): give a folder or hub id of a diffusers pipeline, or --model tiny, which needs no download") from e
-    if cfg.method == "ddpo":
+    if cfg.method != "rlcm":
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     elif not isinstance(pipe.scheduler, LCMScheduler):
         raise BadInput(f"{path} has a {type(pipe.scheduler).__name__}: --method rlcm needs a latent consistency model with an LCMScheduler")
@@ -354,8 +420,12 @@ def load_model(cfg, device):
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.requires_grad_(False).eval()
     torch.manual_seed(cfg.seed)  # of the adapter's initial weights
-    pipe.unet.add_adapter(LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    cast_training_params(pipe.unet, torch.float32)  # the adapter stays float32 whatever the network is
+    reference = copy.deepcopy(pipe.unet) if cfg.kl and not cfg.lora_rank else None
+    if cfg.lora_rank:
+        pipe.unet.add_adapter(LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    else:
+        pipe.unet.requires_grad_(True)
+    cast_training_params(pipe.unet, torch.float32)  # what is trained is float32 whatever the network is
 
     m = SimpleNamespace(pipe=pipe, unet=pipe.unet, shape=(pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size))
     dim = pipe.unet.config.time_cond_proj_dim
@@ -369,6 +439,16 @@ def load_model(cfg, device):
         e_0, e_c = network(torch.cat([x, x]), torch.cat([t, t]), torch.cat([m.nothing.expand_as(c), c])).chunk(2)
         return e_0 + cfg.guidance * (e_c - e_0)
 
+    def pretrained(x, t, c):  # the same network with its adapter off, or a copy of all weights
+        if reference is None:
+            pipe.unet.disable_adapters()
+        tuned, m.unet = m.unet, reference or m.unet
+        e = m.eps(x, t, c)
+        m.unet = tuned
+        if reference is None:
+            pipe.unet.enable_adapters()
+        return e
+
     @torch.no_grad()
     def encode(prompts):
         return torch.cat([pipe.encode_prompt(prompts[i : i + 64], device, 1, False)[0] for i in range(0, len(prompts), 64)])
@@ -378,42 +458,62 @@ def load_model(cfg, device):
         return (pipe.vae.decode((latents / pipe.vae.config.scaling_factor).to(dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
 
     m.eps = guided if cfg.method != "rlcm" and cfg.guidance > 1 else network
-    m.encode, m.decode, m.nothing = encode, decode, encode([""])
+    m.eps_pre, m.encode, m.decode, m.nothing = pretrained, encode, decode, encode([""])
     return m
 
 
 # ------------------------------------------------------------------------------------------------------- run directory
-def save_lora(pipe, folder):
-    """Write pytorch_lora_weights.safetensors, alpha included, for `pipe.load_lora_weights(folder)`; atomic."""
-    from diffusers.training_utils import _collate_lora_metadata
-    from peft.utils import get_peft_model_state_dict
+@contextmanager
+def aside(path, mode="w"):
+    """A file to write that takes the place of `path` once it is whole and on the disk."""
+    with open(f"{path}.part", mode) as f:
+        yield f
+        f.flush(), os.fsync(f.fileno())
+    os.replace(f"{path}.part", path)
 
-    aside = folder / ".saving"
-    type(pipe).save_lora_weights(aside, unet_lora_layers=get_peft_model_state_dict(pipe.unet), **_collate_lora_metadata({"unet": pipe.unet}))
-    os.replace(aside / "pytorch_lora_weights.safetensors", folder / "pytorch_lora_weights.safetensors")
-    aside.rmdir()
+
+def save_metrics(rows, path):
+    """A list of dicts as CSV."""
+    with aside(path) as f:
+        csv.writer(f, lineterminator="\n").writerows([rows[0], *(row.values() for row in rows)])
 
 
 def save_checkpoint(folder, **state):
-    """Write folder/state.pt aside, then rename; the one before it stays as previous.pt."""
+    """Write folder/state.pt; the one before it stays as previous.pt."""
     folder.mkdir(exist_ok=True)
-    with open(folder / "new.pt", "wb") as f:
+    with aside(folder / "state.pt", "wb") as f:
         torch.save(state, f)
-        f.flush(), os.fsync(f.fileno())
-    if (folder / "state.pt").exists():
-        os.replace(folder / "state.pt", folder / "previous.pt")
-    os.replace(folder / "new.pt", folder / "state.pt")
+        if (folder / "state.pt").exists():
+            os.replace(folder / "state.pt", folder / "previous.pt")
 
 
 def load_checkpoint(folder):
-    """The newest checkpoint that can be read. Raises BadInput."""
-    for path in (folder / "state.pt", folder / "previous.pt"):
-        if path.exists():
-            try:
-                return torch.load(path, map_location="cpu", weights_only=True)  # tensors and plain data only
-            except Exception as e:
-                say(f"{path} is damaged ({type(e).__name__})")
-    raise BadInput(f"no readable checkpoint in {folder}: the run saves one every --save-every epochs")
+    """The newest checkpoint that can be read; a run stopped before its first one begins anew. Raises BadInput."""
+    paths = [path for path in (folder / "state.pt", folder / "previous.pt") if path.exists()]
+    for path in paths:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)  # tensors and plain data only
+        except Exception as e:
+            say(f"{path} is damaged ({type(e).__name__})")
+    if paths:
+        raise BadInput(f"no readable checkpoint in {folder}: start a new run")
+    return {"history": {}, "rows": []}
+
+
+def save_weights(pipe, folder):
+    """What was trained, for diffusers: pytorch_lora_weights.safetensors for `pipe.load_lora_weights(folder)`, alpha included, or unet/; atomic."""
+    from diffusers.training_utils import _collate_lora_metadata
+    from peft.utils import get_peft_model_state_dict
+
+    aside, name = folder / ".saving", "pytorch_lora_weights.safetensors" if hasattr(pipe.unet, "peft_config") else "unet"
+    shutil.rmtree(aside, ignore_errors=True)
+    if name == "unet":
+        pipe.unet.save_pretrained(aside / name)
+        shutil.rmtree(folder / name, ignore_errors=True)
+    else:
+        type(pipe).save_lora_weights(aside, unet_lora_layers=get_peft_model_state_dict(pipe.unet), **_collate_lora_metadata({"unet": pipe.unet}))
+    os.replace(aside / name, folder / name)
+    aside.rmdir()
 
 
 def read_config(folder):
@@ -434,88 +534,32 @@ def resumed(cfg):
     return replace(saved, resume=cfg.resume, out=cfg.resume, epochs=cfg.epochs or saved.epochs)
 
 
-def save_grid(rows, captions, path, title=""):
-    """Picture of rows of pictures, captions under each. rows: list of (B, 3, H, W); captions: list of B strings for each row."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    tile, line = max(128, rows[0].shape[-1] // 2), 18
-    columns = min(8, len(rows[0]))
-    lines = [(row[i : i + columns], text[i : i + columns]) for row, text in zip(rows, captions) for i in range(0, len(row), columns)]
-    sheet = Image.new("RGB", (columns * tile, len(lines) * (tile + line) + (line if title else 0)), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    pen.text((4, 1), title, "black", font)
-    for n, (row, text) in enumerate(lines):
-        y = n * (tile + line) + (line if title else 0)
-        for i, (picture, caption) in enumerate(zip(row, text)):
-            pixels = (picture * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-            sheet.paste(Image.fromarray(pixels).resize((tile, tile), Image.LANCZOS), (i * tile, y))
-            while font.getlength(caption) > tile - 6:
-                caption = caption[:-2] + "…"
-            pen.text((i * tile + 4, y + tile + 1), caption, "black", font)
-    sheet.save(path)
-
-
-def save_metrics(rows, path):
-    """metrics.csv, one row per epoch, replaced whole."""
-    with open(path.with_suffix(".part"), "w", newline="") as f:
-        writer = csv.DictWriter(f, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(path.with_suffix(".part"), path)
-
-
-def save_curve(rows, path):
-    """reward.png: mean and spread of the reward against pictures scored."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import numpy as np
-
-    column = lambda name: np.array([row[name] for row in rows], float)
-    figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    axis.fill_between(column("reward_queries"), column("reward_mean") - column("reward_std"), column("reward_mean") + column("reward_std"), alpha=0.2)
-    axis.plot(column("reward_queries"), column("reward_mean"))
-    axis.set(xlabel="pictures scored", ylabel="reward: mean, band of one std")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def likeness(images, first):
-    """Mean correlation of pictures with their first versions: 1 is unchanged, 0 unrelated; a blank page counts as 0."""
-    a, b = (v.flatten(1) - v.flatten(1).mean(1, keepdim=True) for v in (images, first))
-    norm = a.norm(dim=1) * b.norm(dim=1)
-    return float(((a * b).sum(1) / norm.clamp(min=1e-6) * (a.std(1) > 0.02)).mean())
-
-
 def fixed_noise(T, B, shape):
     """Noise of picture i from `torch.Generator().manual_seed(i)`, in a diffusers pipeline's own order: (T+1, B, C, h, w)."""
     g = [torch.Generator().manual_seed(i) for i in range(B)]
     return torch.stack([torch.stack([torch.randn(1, *shape, generator=g_i)[0] for _ in range(T + 1)]) for g_i in g], 1)
 
 
-def draw(model, cfg, s, prompts):
+def draw(model, cfg, prompts, steps=None):
     """Pictures (B, 3, H, W) of prompts from fixed noise; a plain pipeline given the same generators draws the same ones."""
-    out = []
+    out, s = [], METHODS[cfg.method][0](model.pipe.scheduler, steps or cfg.steps, model.nothing.device)
     z = fixed_noise(len(s.std), len(prompts), model.shape).to(s.ab.device)
     rollout(model, cfg.method, s, model.encode(prompts), z, cfg.micro_batch, on_pictures=lambda images, b: out.append(images))
     return torch.cat(out)
 
 
 # ----------------------------------------------------------------------------------------------------------- main loop
-def inline(fn, *arguments):
-    """What an executor's submit does, at once."""
-    value = fn(*arguments)
-    return SimpleNamespace(result=lambda: value)
+def train(cfg, stop=()):
+    """Train as `cfg` says and return the run directory (a Path). Raises BadInput before anything is written where it can.
 
-
-def train(cfg):
-    """Train as `cfg` says and return the run directory (a Path). Raises BadInput before anything is written where it can."""
+    `stop`: anything that becomes true when the run should end after the epoch it is in, with a checkpoint.
+    """
     from accelerate import Accelerator
-    from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+    from bench.figures import curves, likeness, sample_grid
     from tqdm import tqdm
 
     cfg = resolve(cfg)
-    reward_fn, prompts = get_reward(cfg.reward), get_prompts(cfg.prompts)
+    reward_fn, prompts = reward_of(cfg), get_prompts(cfg.prompts)
     accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(cfg.precision, cfg.precision))
     P, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     if cfg.batch_size % (P * cfg.updates):
@@ -523,105 +567,90 @@ def train(cfg):
     out = Path(cfg.out or f"runs/{cfg.method}-{cfg.reward.split('/')[-1].replace(':', '-')}-{cfg.seed}-{time.strftime('%m%d-%H%M%S')}")
     if not cfg.resume and out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise BadInput(f"{out} exists and is not an empty folder: give another --out")
-
-    if cfg.resume:
-        state = load_checkpoint(out / "checkpoint")
-        if len(state["rows"]) >= cfg.epochs:
-            raise BadInput(f"{out} already has {len(state['rows'])} epochs: give more --epochs to go on")
+    state = load_checkpoint(out / "checkpoint")
+    history, rows = state["history"], state["rows"]
+    if len(rows) >= cfg.epochs:
+        raise BadInput(f"{out} already has {len(rows)} epochs: give more --epochs to go on")
 
     model = load_model(cfg, device)
     s = METHODS[cfg.method][0](model.pipe.scheduler, cfg.steps, device)
-    optimizer = torch.optim.Adam([p for p in model.unet.parameters() if p.requires_grad], cfg.lr)
-    model.unet, optimizer = accelerator.prepare(model.unet, optimizer)
+    trained = {name: p for name, p in model.unet.named_parameters() if p.requires_grad}
+    parts = {"optimizer": torch.optim.Adam(trained.values(), cfg.lr)}
+    model.unet, parts["optimizer"] = accelerator.prepare(model.unet, parts["optimizer"])
+    if cfg.method == "score":
+        V = Value(model.shape[0])
+        parts["V"], parts["V_optimizer"] = accelerator.prepare(V, torch.optim.Adam(V.parameters(), 1e-3))
     embedding, T, mine = model.encode(prompts), len(s.std), cfg.batch_size // P
+    share = slice(rank * mine, (rank + 1) * mine)  # of the batch, for this process
 
     shown = (prompts * 16)[:16]  # the sample grid: the same prompts and the same noise every time
-    first = draw(model, cfg, s, shown)
+    first = draw(model, cfg, shown)
     r = reward_fn(first, shown)  # a reward that does not work shows here, before anything is written
 
     def save_samples(epoch, images, r):
-        caption = [f"{p}  {v:.2f}" for p, v in zip(shown, r)]
-        row_title = f"epoch {epoch}: reward {r.mean():.3f}, likeness to epoch 0 {likeness(images, first):.2f}"
-        save_grid([images], [caption], out / "samples" / f"epoch-{epoch:04d}.png", row_title)
+        title = f"epoch {epoch}: reward {r.mean():.3f}, likeness to epoch 0 {likeness(images, first):.2f}"
+        sample_grid([images], [[f"{p}  {v:.2f}" for p, v in zip(shown, r)]], out / "samples" / f"epoch-{epoch:04d}.png", title)
 
     if accelerator.is_main_process:
         (out / "samples").mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps({**asdict(replace(cfg, resume=None)), "processes": P, "versions": versions()}, indent=1) + "\n")
+        versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft", "accelerate", "pillow", "numpy")}
+        with aside(out / "config.json") as f:
+            json.dump({**asdict(replace(cfg, resume=None)), "processes": P, "versions": versions}, f, indent=1)
         save_samples(0, first, r)
-    history, rows = {}, []
-    if cfg.resume:
-        set_peft_model_state_dict(model.pipe.unet, state["lora"])
-        optimizer.load_state_dict(state["optimizer"])
-        history, rows = state["history"], state["rows"]
+    if rows:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        with torch.no_grad():
+            for name, p in trained.items():
+                p.copy_(state["trained"][name])
     start = time.time() - (rows[-1]["seconds"] if rows else 0)
-    submit = ThreadPoolExecutor(1).submit if device.type == "cuda" else inline  # on a CPU a second thread only takes cores from the network
+    scorer = ThreadPoolExecutor(1) if device.type == "cuda" else None  # on a CPU a second thread only takes cores from the network
     bar = tqdm(range(len(rows) + 1, cfg.epochs + 1), initial=len(rows), total=cfg.epochs, unit="epoch", disable=not accelerator.is_main_process, dynamic_ncols=True)
     for epoch in bar:
         # 1. sample prompts and noise, a function of (seed, epoch); each process takes its share
         g = torch.Generator().manual_seed((cfg.seed + 1) * 1_000_003 + epoch)
-        index = torch.randint(len(prompts), (cfg.batch_size,), generator=g)[rank * mine : (rank + 1) * mine]
-        z = torch.randn(T + 1, cfg.batch_size, *model.shape, generator=g)[:, rank * mine : (rank + 1) * mine].to(device)
-        c, names = embedding[index.to(device)], [prompts[i] for i in index]
+        index = torch.randint(len(prompts), (cfg.batch_size,), generator=g)
+        z = torch.randn(T + 1, cfg.batch_size, *model.shape, generator=g)[:, share].to(device)
+        c, names = embedding[index[share].to(device)], [prompts[i] for i in index]
         # 2. roll out the policy; a micro-batch is scored while the next is sampled
-        jobs = []
-        roll = rollout(model, cfg.method, s, c, z, micro_batch_of(cfg, mine // cfg.updates), cfg.kl > 0,
-                       lambda images, b: jobs.append(submit(reward_fn, images, names[b])))
-        rewards = torch.cat([job.result() for job in jobs])
+        jobs, rewards = [], []
+        def score(images, b):
+            jobs.append(scorer.submit(reward_fn, images, names[share][b])) if scorer else rewards.append(reward_fn(images, names[share][b]))
+        roll = rollout(model, cfg.method, s, c, z, micro_batch_of(cfg, mine // cfg.updates), cfg.kl > 0, score)
+        rewards = torch.cat(rewards or [job.result() for job in jobs])
         # 3. returns r - lambda * KL of the path, standardised by prompt over all processes
-        path_kl = roll.kl.sum(0).cpu()
-        everyone = accelerator.gather(torch.stack([rewards, path_kl, index.float()]).T.contiguous().to(device)).cpu()  # (B, 3)
-        advantage, scale = advantages(everyone[:, 0] - cfg.kl * everyone[:, 1], [prompts[int(i)] for i in everyone[:, 2]],
-                                      history, cfg.buffer_size, cfg.min_count, cfg.adv_clip)
-        advantage, scale = (v[rank * mine : (rank + 1) * mine].to(device) for v in (advantage, scale))
+        mine_all = torch.stack([rewards, roll.kl.sum(0).cpu(), torch.full((mine,), float(bool(stop)))], 1)
+        r, path_kl, stopping = accelerator.gather(mine_all.to(device)).cpu().T  # (B,) each
+        advantage, scale = (v[share].to(device) for v in advantages(r - cfg.kl * path_kl, names, history, cfg.buffer_size, cfg.min_count, cfg.adv_clip))
+        if cfg.method == "score":
+            advantage = actor_critic(parts["V"], parts["V_optimizer"], accelerator, s, roll, advantage + cfg.kl * scale * (roll.kl.cumsum(0) - roll.kl), g)  # return to go: the KL paid before is given back
         # 4. policy gradient
-        log = update(model, cfg, accelerator, optimizer, s, c, roll, advantage, scale)
+        log = update(model, cfg, accelerator, parts["optimizer"], s, c, roll, advantage, scale, rows[-1]["skipped"] if rows else 0)
         # 5. write down
-        r = everyone[:, 0]
         rows.append({"epoch": epoch, "seconds": round(time.time() - start, 3), "reward_queries": epoch * cfg.batch_size, "reward_mean": r.mean().item(),
                      "reward_std": r.std(correction=0).item(), "reward_min": r.min().item(), "reward_max": r.max().item(),
-                     "path_kl": everyone[:, 1].mean().item(), **log, "likeness": ""})
+                     "path_kl": path_kl.mean().item(), **log, "likeness": ""})
         bar.set_postfix(reward=f"{r.mean():.3f}", start=f"{rows[0]['reward_mean']:.3f}")
         save = epoch % cfg.save_every == 0 or epoch == cfg.epochs
         if save:
-            images = draw(model, cfg, s, shown)
+            images = draw(model, cfg, shown)
             rows[-1]["likeness"] = likeness(images, first)
         if accelerator.is_main_process:
             save_metrics(rows, out / "metrics.csv")
         if accelerator.is_main_process and save:
             save_samples(epoch, images, reward_fn(images, shown))
-            save_lora(model.pipe, out)
-            save_curve(rows, out / "reward.png")
-            save_checkpoint(out / "checkpoint", lora=get_peft_model_state_dict(model.pipe.unet), optimizer=optimizer.state_dict(), history=history, rows=rows)
+            save_weights(model.pipe, out)
+            curves([out], out / "reward.png")
+        if accelerator.is_main_process and (save or stopping.any()):
+            save_checkpoint(out / "checkpoint", trained=trained, history=history, rows=rows, **{name: part.state_dict() for name, part in parts.items()})
+        if stopping.any():
+            bar.close()
+            say(f"stopped after epoch {epoch}; to go on: python rlcm.py --resume {out}")
+            return out
+    use = f'pipe.load_lora_weights("{out}")' if cfg.lora_rank else f'UNet2DConditionModel.from_pretrained("{out}/unet")'
     say(f"reward {rows[0]['reward_mean']:.3f} -> {rows[-1]['reward_mean']:.3f} in {cfg.epochs} epochs, {rows[-1]['seconds']:.0f} s; likeness {rows[-1]['likeness']:.2f} "
-        f"(1 unchanged, 0 blank)\npictures {out}/samples, curve {out}/reward.png; use the LoRA: pipe.load_lora_weights(\"{out}\"), or: python rlcm.py --sample \"a cat\" --load {out}")
+        f"(1 unchanged, 0 blank)\npictures {out}/samples, curve {out}/reward.png; to use it: {use}, or: python rlcm.py --sample \"a cat\" --load {out}")
     return out
-
-
-def versions():
-    from importlib.metadata import version
-    return {"python": sys.version.split()[0], **{name: version(name) for name in ("torch", "diffusers", "transformers", "peft", "accelerate", "pillow", "numpy")}}
-
-
-def sample(cfg):
-    """--sample: a row of the base model's pictures above a row of the tuned one's, from the same noise. Returns the file's path."""
-    if cfg.load:
-        saved = read_config(cfg.load)
-        if not (Path(cfg.load) / "pytorch_lora_weights.safetensors").exists():
-            raise BadInput(f"{cfg.load} holds no pytorch_lora_weights.safetensors yet: the run saves it every --save-every epochs")
-        cfg = replace(cfg, model=saved.model, method=saved.method, guidance=saved.guidance if cfg.guidance is None else cfg.guidance, steps=cfg.steps or saved.steps)
-    cfg = resolve(cfg)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(cfg, device)
-    s = METHODS[cfg.method][0](model.pipe.scheduler, cfg.steps, device)
-    rows, captions = [draw(model, cfg, s, cfg.sample)], [cfg.sample]  # a fresh adapter is the identity
-    if cfg.load:
-        model.unet.delete_adapters("default")
-        model.pipe.load_lora_weights(cfg.load)
-        rows, captions = rows + [draw(model, cfg, s, cfg.sample)], [[f"base: {p}" for p in cfg.sample], [f"tuned: {p}" for p in cfg.sample]]
-    path = Path(cfg.out or Path(cfg.load or ".") / "sample.png")
-    save_grid(rows, captions, path)
-    say(f"wrote {path}")
-    return path
 
 
 def main(argv=None):
@@ -630,23 +659,35 @@ def main(argv=None):
     def refuse(message):
         raise BadInput(f"{message} (--help lists the flags)")
 
-    parser = HfArgumentParser(Config, allow_abbrev=False, prog="rlcm.py", description=__doc__.split("\n\n")[0])
+    def interrupt(*_):  # the first Ctrl-C ends the epoch and saves, the second ends at once
+        stop.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    parser, stop = HfArgumentParser(Config, allow_abbrev=False, prog="rlcm.py", description=__doc__.split("\n\n")[0]), []
     parser.error = refuse
     try:
         cfg, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+        modes = [name for name in ("sample", "evaluate", "plot", "resume") if getattr(cfg, name)]
         if unknown:
             refuse(f"unknown argument {unknown[0]}")
-        if cfg.load and not cfg.sample:
+        if cfg.load and modes != ["sample"]:
             refuse("--load goes with --sample")
-        if cfg.resume and not cfg.sample:
-            cfg = resumed(cfg)
-        sample(cfg) if cfg.sample else train(cfg)
-    except BadInput as e:
+        if len(modes) > 1:
+            refuse(f"--{modes[0]} and --{modes[1]} are two commands: give one")
+        if modes in ([], ["resume"]):
+            signal.signal(signal.SIGINT, interrupt)
+            train(resumed(cfg) if modes else cfg, stop)
+            return 130 if stop else None
+        from bench import figures
+        getattr(figures, modes[0])(cfg)
+    except (BadInput, OSError) as e:  # OSError: a full disk, a folder that cannot be written
         print(f"rlcm.py: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nrlcm.py: stopped; --resume RUN continues from the last saved epoch", file=sys.stderr)
+        print("\nrlcm.py: stopped; a run goes on from its last checkpoint with --resume RUN", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 if __name__ == "__main__":
