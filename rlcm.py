@@ -2,7 +2,7 @@
 
 Fine-tunes a text-to-image latent consistency model on any reward by policy gradients, next to the diffusion baseline (DDPO) and to
 continuous-time RL (Scores as Actions). Read it from the top: each equation stands beside the line that computes it. Rewards and prompt
-sets live next door, in rewards.py; what draws and tabulates finished runs in bench/figures.py.
+sets live in rewards.py, drawing and tables in bench/figures.py.
 
     python rlcm.py --reward compress --steps 4                     # train; runs/NAME/ holds pictures, curves and the LoRA
     python rlcm.py --reward my_reward.py:redness --prompts my_prompts.txt
@@ -28,8 +28,8 @@ The idea. Sampling, in few steps or many, is a Markov decision process with Gaus
     DDPO    mean = the DDIM step with eta = 1                    std = DDIM's sigma_k        readout = x_T
     SaA     mean = x_k + (1/2 x_k + score_theta) beta dt         std = sqrt(beta dt)         readout = x_T
 
-A method is three functions of one signature: its schedule, its policy (x, k, c) -> mean, std, and its readout. Rollout samples from
-the policy, the update re-scores with the same call, and nothing else knows which method runs, but for SaA's value function.
+A method is three functions: schedule, policy and readout. Rollout samples from the policy, the update re-scores with the same call, and
+nothing else knows which method runs, but for SaA's value function.
 
 Glossary       symbol in the papers                                         here
     B          pictures per epoch                                           cfg.batch_size
@@ -40,21 +40,19 @@ Glossary       symbol in the papers                                         here
     t_k        timestep of the model's own scheduler; SaA: a real number    s.t[k]
     ab         alpha-bar, the share of signal variance at t_k               s.ab[k]
     c          prompt embedding                                             c        (B, L, E)
-    eps        the network: predicted noise = - score * sqrt(1 - ab)        eps(x, t, c)
-    pre        the pretrained model: the same network, adapter off          eps_pre, mean_pre
+    eps        predicted noise = - score * sqrt(1 - ab); pre: adapter off   eps(x, t, c), eps_pre
     lambda     weight of the KL to the pretrained model                     cfg.kl
     A_k        advantage of an action                                       advantage
 
 Differs from the official RLCM code (github.com/Owen-Oertell/rlcm)
     1. The last evaluation has no action. There the last state is noised once more to its own timestep and that noise is scored
-       as an action which the picture never depends on: no signal in expectation, one more transition to pay for. H = 1 has none.
+       as an action which the picture never depends on: no signal, one more transition to pay for. H = 1 has no action at all.
     2. Timesteps, alpha-bar and boundary scalings are the LCMScheduler's own, so the LoRA is trained on the schedule it is sampled with.
-    3. States are stored as the network saw them and mean, std and log-prob are float32, in micro-batches of one shape: the ratio is
-       exactly 1 before the first optimizer step. `ratio_drift` in metrics.csv shows it.
+    3. States, mean, std and log-prob are float32, passes have one shape: the ratio before the first step is exactly 1 (`ratio_drift`).
     4. A KL to the pretrained model (as in SaA) keeps the subject in the picture. Without it, compression ends in a blank page.
-    5. No generator state to lose (prompts and noise are a function of seed and epoch), no learning-rate schedule; the final epoch is saved.
+    5. Prompts and noise are a function of seed and epoch: a run resumes bit for bit. No learning-rate schedule; the final epoch is saved.
 Differs from the DDPO code: guidance is on in training as in sampling; an action with std = 0 has no density and is left out of the loss.
-Kept from both papers: log-prob averaged over D, per-prompt running advantages, PPO clip range 1e-4, one pass over the data.
+Kept from both: log-prob averaged over D, per-prompt running advantages, PPO clip range 1e-4, one pass over the data.
 """
 import copy
 import csv
@@ -79,8 +77,6 @@ import torch
 
 from rewards import HELP, PROMPTS, BadInput, get_prompts, get_reward
 
-HERE = Path(__file__).resolve().parent
-
 
 # ------------------------------------------------------------------------------------------------------------- config
 def flag(default, help, **parser):
@@ -95,7 +91,7 @@ class Config:
     algo: Literal["ppo", "reinforce"] = flag("ppo", "clipped ratio, or plain score function")
     model: str = flag("auto", "auto, tiny, a folder or a hub id of a diffusers pipeline; auto: the real model on a CUDA GPU, tiny elsewhere")
     prompts: str = flag("animals", f"{', '.join(PROMPTS)}, or a text file with one prompt a line")
-    steps: Optional[int] = flag(None, "H, evaluations of the model for one picture: 2 to 50; default 4 for rlcm, 10 or 50 for the others")
+    steps: Optional[int] = flag(None, "H, evaluations of the model for one picture: 2 to 50; default 4 for rlcm")
     epochs: Optional[int] = flag(None, "rollouts of the run")
     batch_size: Optional[int] = flag(None, "B, pictures in an epoch")
     micro_batch: Optional[int] = flag(None, "pictures or transitions in one pass of the network; changes memory, not results")
@@ -124,41 +120,32 @@ class Config:
 
 TINY = {"rlcm": "lcm", "ddpo": "sd", "score": "sd"}
 REAL = {"rlcm": "SimianLuo/LCM_Dreamshaper_v7", "ddpo": "Lykon/dreamshaper-7", "score": "Lykon/dreamshaper-7"}
-OURS = dict(epochs=36, batch_size=64, micro_batch=32, updates=1, lr=2e-3, lora_rank=8, lora_alpha=8, buffer_size=8, min_count=4)
+OURS = dict(batch_size=64, micro_batch=32, updates=1, lora_rank=4, lora_alpha=4, buffer_size=8, min_count=4)
 DDPO = dict(steps=50, epochs=100, batch_size=256, micro_batch=2, updates=4, lr=3e-4, kl=0.0, guidance=5.0, lora_rank=4, lora_alpha=4, buffer_size=16, min_count=16)
 RLCM = dict(steps=4, epochs=1000, batch_size=16, micro_batch=2, updates=1, lr=1e-4, kl=0.0, guidance=8.0, lora_rank=16, lora_alpha=32, buffer_size=16, min_count=16)
 PRESETS = {  # (model, method): ours for the embedded models, the papers' for the real ones
-    ("tiny", "rlcm"): OURS | dict(steps=4, kl=0.0025, guidance=6.0), ("tiny", "ddpo"): OURS | dict(steps=8, kl=0.005, guidance=3.0), ("tiny", "score"): OURS | dict(steps=8, kl=0.005, guidance=3.0),
+    ("tiny", "rlcm"): OURS | dict(steps=4, epochs=72, lr=1e-3, kl=0.0028, guidance=6.0),
+    ("tiny", "ddpo"): OURS | dict(steps=5, epochs=40, lr=3e-3, kl=0.001, guidance=3.0),
+    ("tiny", "score"): OURS | dict(steps=6, epochs=24, lr=5e-3, kl=0.004, guidance=3.0),
     ("real", "rlcm"): RLCM, ("real", "ddpo"): DDPO, ("real", "score"): DDPO,
 }
 
 
 def resolve(cfg):
     """A copy of cfg with what was left open filled in and every number checked. Raises BadInput."""
-    cfg = replace(cfg)
     if cfg.model == "auto":
-        cfg.model, why = (REAL[cfg.method], "a CUDA GPU is here") if torch.cuda.is_available() else ("tiny", "no CUDA GPU here")
-        say(f"model: {cfg.model} ({why}; --model chooses)")
-    for name, value in PRESETS["tiny" if cfg.model == "tiny" else "real", cfg.method].items():
-        if getattr(cfg, name) is None:
-            setattr(cfg, name, value)
-    cfg.precision = cfg.precision or ("bf16" if torch.cuda.is_available() else "fp32")
+        model, why = (REAL[cfg.method], "a CUDA GPU is here") if torch.cuda.is_available() else ("tiny", "no CUDA GPU here")
+        say(f"model: {model} ({why}; --model chooses)")
+        cfg = replace(cfg, model=model)
+    preset = PRESETS["tiny" if cfg.model == "tiny" else "real", cfg.method] | {"precision": "bf16" if torch.cuda.is_available() else "fp32"}
+    cfg = replace(cfg, **{name: value for name, value in preset.items() if getattr(cfg, name) is None})
     if not 2 <= cfg.steps <= 50:
-        raise BadInput(f"--steps {cfg.steps}: between 2 and 50 evaluations" + (", because a single one has no random transition to reinforce" if cfg.steps == 1 else ""))
-    at_least_0 = ("kl", "guidance", "seed", "lora_rank")
-    for name in ("epochs", "batch_size", "micro_batch", "updates", "lr", "lora_alpha", "clip_range", "adv_clip", "buffer_size", "min_count", "max_grad_norm", "save_every", *at_least_0):
-        if not (0 <= getattr(cfg, name) if name in at_least_0 else 0 < getattr(cfg, name)) or getattr(cfg, name) == float("inf"):
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be a positive number" + " or zero" * (name in at_least_0))
-    if cfg.batch_size % cfg.updates:
-        raise BadInput(f"--batch-size {cfg.batch_size} does not divide into --updates {cfg.updates}")
-    if cfg.min_count > cfg.buffer_size:
-        raise BadInput(f"--min-count {cfg.min_count} is more than the --buffer-size {cfg.buffer_size} rewards remembered: no prompt would ever reach it")
+        raise BadInput(f"--steps {cfg.steps}: between 2 and 50 evaluations" + ", because a single one has no random transition to reinforce" * (cfg.steps == 1))
+    for name, value in vars(cfg).items():
+        zero = name in ("kl", "guidance", "seed", "lora_rank")
+        if isinstance(value, (int, float)) and not (0 < value < float("inf") or zero and value == 0):
+            raise BadInput(f"--{name.replace('_', '-')} {value}: must be a positive number" + " or zero" * zero)
     return cfg
-
-
-def reward_of(cfg):
-    """The reward function; with the embedded model `clip` is the embedded CLIP. Raises BadInput."""
-    return get_reward(cfg.reward, str(HERE / "tiny" / "clip") if cfg.model == "tiny" else None)
 
 
 def say(line):
@@ -233,11 +220,6 @@ def rlcm_policy(eps, x, k, c, s):
     return at(s.ab_next, k).sqrt() * rlcm_readout(eps, x, k, c, s), at(s.std, k)
 
 
-def last_state(eps, x, k, c, s):
-    """Readout of the diffusion models: the last state is the latent."""
-    return x
-
-
 def ddpo_policy(eps, x, k, c, s):
     """DDIM step with eta = 1 (DDPO; DDIM, arXiv 2010.02502, eq. 12): as rlcm_policy."""
     e = eps(x, s.t[k], c)
@@ -247,12 +229,16 @@ def ddpo_policy(eps, x, k, c, s):
 
 
 def score_policy(eps, x, k, c, s):
-    """Euler-Maruyama step of the reverse SDE (SaA, eq. 8): the action is the score, its exploration the noise of the SDE: as rlcm_policy."""
+    """Euler-Maruyama step of the reverse SDE (SaA): the action is the score, its exploration the noise of the SDE: as rlcm_policy."""
     score = -eps(x, s.t[k], c) / (1 - at(s.ab, k)).sqrt()
     return x + at(s.std, k) ** 2 * (x / 2 + score), at(s.std, k)
 
 
-METHODS = {"rlcm": (rlcm_schedule, rlcm_policy, rlcm_readout), "ddpo": (ddpo_schedule, ddpo_policy, last_state), "score": (score_schedule, score_policy, last_state)}
+METHODS = {  # schedule, policy, readout
+    "rlcm": (rlcm_schedule, rlcm_policy, rlcm_readout),
+    "ddpo": (ddpo_schedule, ddpo_policy, lambda eps, x, k, c, s: x),
+    "score": (score_schedule, score_policy, lambda eps, x, k, c, s: x),
+}
 
 
 # ------------------------------------------------------------------------------------------------------------- rollout
@@ -296,7 +282,7 @@ def advantages(rewards, prompts, history, size, min_count, clip):
     rewards = rewards.double()
     for prompt, r in zip(prompts, rewards.tolist()):
         history[prompt] = (history.get(prompt, []) + [r])[-size:]
-    seen = [torch.tensor(history[p], dtype=torch.double) if len(history[p]) >= min_count else rewards for p in prompts]
+    seen = [torch.tensor(history[p], dtype=torch.double) if len(history[p]) >= min(min_count, size) else rewards for p in prompts]
     mean, std = torch.stack([v.mean() for v in seen]), torch.stack([v.std(correction=0) for v in seen]) + 1e-6
     return ((rewards - mean) / std).clamp(-clip, clip).float(), (1 / std).float()
 
@@ -309,7 +295,7 @@ class Value(torch.nn.Module):
         super().__init__()
         net = lambda channels: torch.nn.Sequential(
             torch.nn.Conv2d(channels, 32, 3, 2, 1), torch.nn.SiLU(), torch.nn.Conv2d(32, 64, 3, 2, 1), torch.nn.SiLU(),
-            torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(256, 1), torch.nn.Flatten(0))  # fmt: skip
+            torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(256, 1), torch.nn.Flatten(0))
         self.R, self.F = net(C), net(C + 1)
 
     def forward(self, x_0, ab):
@@ -351,8 +337,7 @@ def update(model, cfg, accelerator, optimizer, s, c, roll, advantage, scale, ski
     """
     policy, B, D = METHODS[cfg.method][1], roll.log_p.shape[1], roll.x[0, 0].numel()
     random = s.std > 0  # an action without noise has no density: it is left out
-    T = int(random.sum())
-    n = B // cfg.updates  # pictures of one optimizer step
+    T, n = int(random.sum()), B // cfg.updates  # actions of a picture, pictures of one optimizer step
     m = micro_batch_of(cfg, n)
     stats, drift, norms = [], [], []
     for u in range(cfg.updates):
@@ -381,7 +366,8 @@ def update(model, cfg, accelerator, optimizer, s, c, roll, advantage, scale, ski
             optimizer.step()
         optimizer.zero_grad()
     loss, approx_kl, clip_fraction = accelerator.reduce(torch.cat(stats, 1).mean(1), "mean").tolist()
-    return {"loss": loss, "approx_kl": approx_kl, "clip_fraction": clip_fraction, "ratio_drift": torch.stack(drift).max().item(), "grad_norm": torch.stack(norms).mean().item(), "skipped": skipped}
+    drift, norm = torch.stack(drift).max().item(), torch.stack(norms).mean().item()
+    return {"loss": loss, "approx_kl": approx_kl, "clip_fraction": clip_fraction, "ratio_drift": drift, "grad_norm": norm, "skipped": skipped}
 
 
 def micro_batch_of(cfg, n):
@@ -391,10 +377,10 @@ def micro_batch_of(cfg, n):
 
 # ------------------------------------------------------------------------------------------------------------- model
 def load_model(cfg, device):
-    """The diffusers pipeline and what the algorithm needs of it, as plain functions.
+    """The diffusers pipeline and what the algorithm needs of it, as plain functions: a namespace. Raises BadInput.
 
-    Returns a namespace: pipe; unet (what is trained of it in float32, everything else frozen); eps(x, t, c) and eps_pre(x, t, c), the
-    pretrained model -> (B, C, h, w) float32; encode(prompts) -> (B, L, E); decode(latents) -> (B, 3, H, W) in [0, 1]; shape (C, h, w). Raises BadInput where no such pipeline can be had.
+    pipe; unet (what is trained of it in float32, the rest frozen); eps(x, t, c), eps_pre(x, t, c) -> (B, C, h, w) float32;
+    encode(prompts) -> (B, L, E); decode(latents) -> (B, 3, H, W) in [0, 1]; shape (C, h, w).
     """
     from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler
     from diffusers.training_utils import cast_training_params
@@ -404,7 +390,7 @@ def load_model(cfg, device):
 
     logging.disable_progress_bar(), transformers_logging.disable_progress_bar()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.precision]
-    path = str(HERE / "tiny" / TINY[cfg.method]) if cfg.model == "tiny" else cfg.model
+    path = str(Path(__file__).resolve().parent / "tiny" / TINY[cfg.method]) if cfg.model == "tiny" else cfg.model
     try:
         pipe = DiffusionPipeline.from_pretrained(path, dtype=dtype, safety_checker=None, requires_safety_checker=False)
     except Exception as e:
@@ -417,14 +403,11 @@ def load_model(cfg, device):
         raise BadInput(f"{path} predicts {pipe.scheduler.config.prediction_type!r}: only epsilon prediction is supported")
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device)
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
-        part.requires_grad_(False).eval()
+    pipe.unet.requires_grad_(not cfg.lora_rank)
     torch.manual_seed(cfg.seed)  # of the adapter's initial weights
     reference = copy.deepcopy(pipe.unet) if cfg.kl and not cfg.lora_rank else None
     if cfg.lora_rank:
         pipe.unet.add_adapter(LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    else:
-        pipe.unet.requires_grad_(True)
     cast_training_params(pipe.unet, torch.float32)  # what is trained is float32 whatever the network is
 
     m = SimpleNamespace(pipe=pipe, unet=pipe.unet, shape=(pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size))
@@ -432,21 +415,19 @@ def load_model(cfg, device):
     if dim:  # an LCM's network takes the guidance scale as an input (LCM, section 4.2); w = guidance - 1 in that paper's formula
         w = pipe.get_guidance_scale_embedding(torch.tensor([cfg.guidance - 1.0]), dim).to(device, dtype)
 
-    def network(x, t, c):
-        return m.unet(x.to(dtype), t, encoder_hidden_states=c, timestep_cond=w.expand(len(x), -1) if dim else None).sample.float()
+    def network(x, t, c, unet=None):
+        return (unet or m.unet)(x.to(dtype), t, encoder_hidden_states=c, timestep_cond=w.expand(len(x), -1) if dim else None).sample.float()
 
-    def guided(x, t, c):  # classifier-free guidance, both halves in one pass, in rollout and update alike
-        e_0, e_c = network(torch.cat([x, x]), torch.cat([t, t]), torch.cat([m.nothing.expand_as(c), c])).chunk(2)
+    def guided(x, t, c, unet=None):  # classifier-free guidance, both halves in one pass, in rollout and update alike
+        e_0, e_c = network(torch.cat([x, x]), torch.cat([t, t]), torch.cat([m.nothing.expand_as(c), c]), unet).chunk(2)
         return e_0 + cfg.guidance * (e_c - e_0)
 
     def pretrained(x, t, c):  # the same network with its adapter off, or a copy of all weights
-        if reference is None:
-            pipe.unet.disable_adapters()
-        tuned, m.unet = m.unet, reference or m.unet
+        if not cfg.lora_rank:
+            return m.eps(x, t, c, reference)
+        pipe.unet.disable_adapters()
         e = m.eps(x, t, c)
-        m.unet = tuned
-        if reference is None:
-            pipe.unet.enable_adapters()
+        pipe.unet.enable_adapters()
         return e
 
     @torch.no_grad()
@@ -489,13 +470,12 @@ def save_checkpoint(folder, **state):
 
 def load_checkpoint(folder):
     """The newest checkpoint that can be read; a run stopped before its first one begins anew. Raises BadInput."""
-    paths = [path for path in (folder / "state.pt", folder / "previous.pt") if path.exists()]
-    for path in paths:
+    for path in filter(Path.exists, (folder / "state.pt", folder / "previous.pt")):
         try:
             return torch.load(path, map_location="cpu", weights_only=True)  # tensors and plain data only
         except Exception as e:
             say(f"{path} is damaged ({type(e).__name__})")
-    if paths:
+    if any(folder.glob("*.pt")):
         raise BadInput(f"no readable checkpoint in {folder}: start a new run")
     return {"history": {}, "rows": []}
 
@@ -534,34 +514,17 @@ def resumed(cfg):
     return replace(saved, resume=cfg.resume, out=cfg.resume, epochs=cfg.epochs or saved.epochs)
 
 
-def fixed_noise(T, B, shape):
-    """Noise of picture i from `torch.Generator().manual_seed(i)`, in a diffusers pipeline's own order: (T+1, B, C, h, w)."""
-    g = [torch.Generator().manual_seed(i) for i in range(B)]
-    return torch.stack([torch.stack([torch.randn(1, *shape, generator=g_i)[0] for _ in range(T + 1)]) for g_i in g], 1)
-
-
-def draw(model, cfg, prompts, steps=None):
-    """Pictures (B, 3, H, W) of prompts from fixed noise; a plain pipeline given the same generators draws the same ones."""
-    out, s = [], METHODS[cfg.method][0](model.pipe.scheduler, steps or cfg.steps, model.nothing.device)
-    z = fixed_noise(len(s.std), len(prompts), model.shape).to(s.ab.device)
-    rollout(model, cfg.method, s, model.encode(prompts), z, cfg.micro_batch, on_pictures=lambda images, b: out.append(images))
-    return torch.cat(out)
-
-
 # ----------------------------------------------------------------------------------------------------------- main loop
 def train(cfg, stop=()):
-    """Train as `cfg` says and return the run directory (a Path). Raises BadInput before anything is written where it can.
-
-    `stop`: anything that becomes true when the run should end after the epoch it is in, with a checkpoint.
-    """
+    """Train as `cfg` says, or until the epoch in which `stop` becomes true; returns the run directory, a Path. Raises BadInput."""
     from accelerate import Accelerator
-    from bench.figures import curves, likeness, sample_grid
+    from bench.figures import curves, draw, likeness, sample_grid
     from tqdm import tqdm
 
     cfg = resolve(cfg)
-    reward_fn, prompts = reward_of(cfg), get_prompts(cfg.prompts)
+    reward_fn, prompts = get_reward(cfg.reward, cfg.model), get_prompts(cfg.prompts)
     accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(cfg.precision, cfg.precision))
-    P, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
+    P, rank, device, leader = accelerator.num_processes, accelerator.process_index, accelerator.device, accelerator.is_main_process
     if cfg.batch_size % (P * cfg.updates):
         raise BadInput(f"--batch-size {cfg.batch_size} does not divide into {P} processes x --updates {cfg.updates}")
     out = Path(cfg.out or f"runs/{cfg.method}-{cfg.reward.split('/')[-1].replace(':', '-')}-{cfg.seed}-{time.strftime('%m%d-%H%M%S')}")
@@ -591,7 +554,7 @@ def train(cfg, stop=()):
         title = f"epoch {epoch}: reward {r.mean():.3f}, likeness to epoch 0 {likeness(images, first):.2f}"
         sample_grid([images], [[f"{p}  {v:.2f}" for p, v in zip(shown, r)]], out / "samples" / f"epoch-{epoch:04d}.png", title)
 
-    if accelerator.is_main_process:
+    if leader:
         (out / "samples").mkdir(parents=True, exist_ok=True)
         versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft", "accelerate", "pillow", "numpy")}
         with aside(out / "config.json") as f:
@@ -600,12 +563,10 @@ def train(cfg, stop=()):
     if rows:
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        with torch.no_grad():
-            for name, p in trained.items():
-                p.copy_(state["trained"][name])
+        model.pipe.unet.load_state_dict(state["trained"], strict=False)
     start = time.time() - (rows[-1]["seconds"] if rows else 0)
     scorer = ThreadPoolExecutor(1) if device.type == "cuda" else None  # on a CPU a second thread only takes cores from the network
-    bar = tqdm(range(len(rows) + 1, cfg.epochs + 1), initial=len(rows), total=cfg.epochs, unit="epoch", disable=not accelerator.is_main_process, dynamic_ncols=True)
+    bar = tqdm(range(len(rows) + 1, cfg.epochs + 1), initial=len(rows), total=cfg.epochs, unit="epoch", disable=not leader, dynamic_ncols=True)
     for epoch in bar:
         # 1. sample prompts and noise, a function of (seed, epoch); each process takes its share
         g = torch.Generator().manual_seed((cfg.seed + 1) * 1_000_003 + epoch)
@@ -623,7 +584,8 @@ def train(cfg, stop=()):
         r, path_kl, stopping = accelerator.gather(mine_all.to(device)).cpu().T  # (B,) each
         advantage, scale = (v[share].to(device) for v in advantages(r - cfg.kl * path_kl, names, history, cfg.buffer_size, cfg.min_count, cfg.adv_clip))
         if cfg.method == "score":
-            advantage = actor_critic(parts["V"], parts["V_optimizer"], accelerator, s, roll, advantage + cfg.kl * scale * (roll.kl.cumsum(0) - roll.kl), g)  # return to go: the KL paid before is given back
+            to_go = advantage + cfg.kl * scale * (roll.kl.cumsum(0) - roll.kl)  # (T, B): the KL paid before an action is given back
+            advantage = actor_critic(parts["V"], parts["V_optimizer"], accelerator, s, roll, to_go, g)
         # 4. policy gradient
         log = update(model, cfg, accelerator, parts["optimizer"], s, c, roll, advantage, scale, rows[-1]["skipped"] if rows else 0)
         # 5. write down
@@ -631,17 +593,16 @@ def train(cfg, stop=()):
                      "reward_std": r.std(correction=0).item(), "reward_min": r.min().item(), "reward_max": r.max().item(),
                      "path_kl": path_kl.mean().item(), **log, "likeness": ""})
         bar.set_postfix(reward=f"{r.mean():.3f}", start=f"{rows[0]['reward_mean']:.3f}")
-        save = epoch % cfg.save_every == 0 or epoch == cfg.epochs
-        if save:
+        if save := epoch % cfg.save_every == 0 or epoch == cfg.epochs:
             images = draw(model, cfg, shown)
             rows[-1]["likeness"] = likeness(images, first)
-        if accelerator.is_main_process:
+        if leader:
             save_metrics(rows, out / "metrics.csv")
-        if accelerator.is_main_process and save:
+        if leader and save:
             save_samples(epoch, images, reward_fn(images, shown))
             save_weights(model.pipe, out)
             curves([out], out / "reward.png")
-        if accelerator.is_main_process and (save or stopping.any()):
+        if leader and (save or stopping.any()):
             save_checkpoint(out / "checkpoint", trained=trained, history=history, rows=rows, **{name: part.state_dict() for name, part in parts.items()})
         if stopping.any():
             bar.close()
@@ -680,14 +641,9 @@ def main(argv=None):
             return 130 if stop else None
         from bench import figures
         getattr(figures, modes[0])(cfg)
-    except (BadInput, OSError) as e:  # OSError: a full disk, a folder that cannot be written
-        print(f"rlcm.py: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nrlcm.py: stopped; a run goes on from its last checkpoint with --resume RUN", file=sys.stderr)
-        return 130
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    except (BadInput, OSError, KeyboardInterrupt) as e:  # OSError: a full disk, a folder that cannot be written
+        print("rlcm.py:", str(e) or "stopped; a run goes on from its last checkpoint with --resume RUN", file=sys.stderr)
+        return 130 if isinstance(e, KeyboardInterrupt) else 2
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import rlcm
+from bench import figures
 
 EPOCHS = 3  # of a round; the first is not counted
 
@@ -100,16 +101,18 @@ def breakdown(cfg, out):
         model.decode = timed(model.decode, "decode", "rollout")
         return model
 
-    reward_of = rlcm.reward_of
-    changed = {"draw": timed(rlcm.draw, "draw"), "rollout": timed(rlcm.rollout, "rollout"), "update": timed(rlcm.update, "update"), "load_model": load_model,
+    get_reward = rlcm.get_reward
+    changed = {"rollout": timed(rlcm.rollout, "rollout"), "update": timed(rlcm.update, "update"), "load_model": load_model,
                "actor_critic": timed(rlcm.actor_critic, "value"), "save_metrics": timed(rlcm.save_metrics, "logging"),
-               "reward_of": lambda cfg: timed(reward_of(cfg), "reward", "rollout")}  # fmt: skip
-    before = {name: getattr(rlcm, name) for name in changed}
+               "get_reward": lambda *name: timed(get_reward(*name), "reward", "rollout")}
+    before, draw = {name: getattr(rlcm, name) for name in changed}, figures.draw
     try:
         vars(rlcm).update(changed)
+        figures.draw = timed(draw, "draw")
         seconds = sum(epochs(cfg, out, EPOCHS))
     finally:
         vars(rlcm).update(before)
+        figures.draw = draw
     del spent["draw"]
     spent["rollout"] -= spent["decode"] + spent["reward"]
     spent["rest"] = seconds - sum(spent.values())
@@ -142,7 +145,7 @@ def main():
                 a, b = statistics.median(ours), statistics.median(network)
                 results[method, cfg.batch_size] = b / a
                 print(f"{method}, {cfg.batch_size} pictures, micro-batch {cfg.micro_batch}, {cfg.steps} steps: epoch {a:.2f} s ({min(ours):.2f} to {max(ours):.2f}), "
-                      f"bare {b:.2f} s ({min(network):.2f} to {max(network):.2f}), efficiency {b / a:.2f}", flush=True)  # fmt: skip
+                      f"bare {b:.2f} s ({min(network):.2f} to {max(network):.2f}), efficiency {b / a:.2f}", flush=True)
                 print("    " + "   ".join(f"{part} {value:.3f}" for part, value in parts.items()), flush=True)
     print(f"efficiency {min(results.values()):.2f}")  # the lowest of those above
 

@@ -1,6 +1,6 @@
 """What people look at: sample grids, reward curves, pictures and tables of a finished run.
 
-    every run                                        calls `sample_grid`, `likeness` and `curves` as it saves
+    every run                                        calls `draw`, `sample_grid`, `likeness` and `curves` as it saves
     python rlcm.py --sample "a cat" --load runs/A    calls `sample`
     python rlcm.py --evaluate runs/A                 calls `evaluate`
     python rlcm.py --plot runs/A runs/B ...          calls `curves`
@@ -14,17 +14,18 @@ import numpy as np
 import torch
 
 import rlcm
-from rewards import BadInput, get_prompts
-
+from rewards import BadInput, get_prompts, get_reward
 
 STEPS = {"lcm": (1, 2, 4, 8), "diffusion": (10, 20, 50)}  # of --evaluate; for diffusion also half and twice what the run was trained with
-
-
 PICTURES = 64  # at least, for each number of the table
 
 
 def pyplot():
+    """matplotlib for files only, and silent about its font cache."""
+    import logging
+
     import matplotlib
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     matplotlib.use("Agg")
     from matplotlib import pyplot
     return pyplot
@@ -49,6 +50,16 @@ def sample_grid(rows, captions, path, title=""):
                 caption = caption[:-2] + "…"
             pen.text((i * tile + 4, y + tile + 1), caption, "black", font)
     sheet.save(path)
+
+
+def draw(model, cfg, prompts, steps=None):
+    """Pictures (B, 3, H, W) of prompts from fixed noise, that of picture i from `torch.Generator().manual_seed(i)` in a diffusers pipeline's own
+    order: a plain pipeline given the same generators draws the same ones."""
+    out, s = [], rlcm.METHODS[cfg.method][0](model.pipe.scheduler, steps or cfg.steps, model.nothing.device)
+    g = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+    z = torch.stack([torch.stack([torch.randn(1, *model.shape, generator=g_i)[0] for _ in range(len(s.std) + 1)]) for g_i in g], 1)  # (T+1, B, C, h, w)
+    rlcm.rollout(model, cfg.method, s, model.encode(prompts), z.to(s.ab.device), cfg.micro_batch, on_pictures=lambda images, b: out.append(images))
+    return torch.cat(out)
 
 
 def likeness(images, first):
@@ -79,6 +90,8 @@ def curves(runs, path):
             raise BadInput(f"{run} has no readable metrics.csv ({type(e).__name__})") from e
         groups.setdefault(tuple(settings.items()), []).append(columns)
     differ = [name for name, _ in next(iter(groups)) if len({str(dict(key)[name]) for key in groups}) > 1]
+    if len({dict(key)["method"] for key in groups}) == len(groups):
+        differ = []  # the method says it all
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
     for key, members in groups.items():
         for axis, x in zip(axes, (0, 1)):
@@ -120,10 +133,10 @@ def sample(cfg):
     prompts, run = cfg.sample, cfg.load
     cfg = settings_of(run, cfg) if run else rlcm.resolve(cfg)
     model = rlcm.load_model(cfg, "cuda" if torch.cuda.is_available() else "cpu")
-    rows, captions = [rlcm.draw(model, cfg, prompts)], [prompts]  # a fresh adapter is the identity
+    rows, captions = [draw(model, cfg, prompts)], [prompts]  # a fresh adapter is the identity
     if run:
         load_weights(model, Path(run))
-        rows, captions = rows + [rlcm.draw(model, cfg, prompts)], [[f"base: {p}" for p in prompts], [f"tuned: {p}" for p in prompts]]
+        rows, captions = rows + [draw(model, cfg, prompts)], [[f"base: {p}" for p in prompts], [f"tuned: {p}" for p in prompts]]
     sample_grid(rows, captions, path)
     rlcm.say(f"wrote {path}")
     return path
@@ -138,7 +151,7 @@ def evaluate(cfg):
 
     run, held_out = Path(cfg.evaluate), get_prompts(cfg.eval_prompts)
     cfg = settings_of(run, cfg)
-    H, reward_fn = cfg.steps, rlcm.reward_of(cfg)
+    H, reward_fn = cfg.steps, get_reward(cfg.reward, cfg.model)
     sets = {"training": get_prompts(cfg.prompts), "held-out": held_out}
     model = rlcm.load_model(cfg, "cuda" if torch.cuda.is_available() else "cpu")
     samplers = [(cfg.method, n) for n in (STEPS["lcm"] if cfg.method == "rlcm" else sorted({H // 2, H, 2 * H, *STEPS["diffusion"]}))]
@@ -153,10 +166,10 @@ def evaluate(cfg):
             if sampler == "dpm-solver++":
                 model.pipe.scheduler, g = fast, [torch.Generator().manual_seed(i) for i in range(len(prompts))]
                 images = torch.cat([model.pipe(prompts[i : i + 32], num_inference_steps=n, guidance_scale=cfg.guidance, generator=g[i : i + 32], output_type="pt").images
-                                    for i in range(0, len(prompts), 32)]).float()  # fmt: skip
+                                    for i in range(0, len(prompts), 32)]).float()
                 model.pipe.scheduler = own
             else:
-                images = rlcm.draw(model, cfg, prompts, n)
+                images = draw(model, cfg, prompts, n)
             r = torch.cat([reward_fn(images[i : i + 32], prompts[i : i + 32]) for i in range(0, len(prompts), 32)])
             rows.append({"sampler": sampler, "steps": n, "weights": weights, "prompts": name, "reward": r.mean().item(), "standard_error": (r.std() / len(r) ** 0.5).item()})
             rlcm.say(f"{sampler:>12} {n:5d}  {weights:7} {name:8} {rows[-1]['reward']:8.3f} {rows[-1]['standard_error']:6.3f}")
@@ -165,7 +178,7 @@ def evaluate(cfg):
     for label in dict.fromkeys((row["sampler"], row["weights"], row["prompts"]) for row in rows):
         part = [row for row in rows if (row["sampler"], row["weights"], row["prompts"]) == label]
         axis.errorbar([row["steps"] for row in part], [row["reward"] for row in part], [row["standard_error"] for row in part], label=", ".join(label), capsize=3,
-                      marker="x" if label[0] == "dpm-solver++" else "o", linestyle="-" if label[2] == "training" else "--", color="C0" if label[1] == "base" else "C1")  # fmt: skip
+                      marker="x" if label[0] == "dpm-solver++" else "o", linestyle="-" if label[2] == "training" else "--", color="C0" if label[1] == "base" else "C1")
     axis.set(xlabel="evaluations of the model for one picture", ylabel=f"reward: {cfg.reward}", xscale="log")
     axis.set_xticks([n for _, n in samplers], [str(n) for _, n in samplers])
     axis.legend(fontsize=7, frameon=False)

@@ -1,8 +1,8 @@
 """Can one still tell what the pictures show? The embedded model's guard against reward hacking.
 
-    python bench/recognise.py runs/A runs/B        # a table: base model, then each run's LoRA
+    python bench/recognise.py runs/A runs/B        # a table: each run's base model and tuned model
 
-For 200 fixed captions and fixed noise, drawn by a plain diffusers pipeline at the run's steps and guidance:
+For 200 fixed captions and fixed noise, drawn at the run's steps and guidance, an LCM's just as a plain diffusers pipeline draws them (a test holds it to that):
 accuracy   share of pictures whose nearest training picture (pixel L2, tiny/pictures.webp) carries the caption
 animals    the same over the 45 animals that training prompts with
 blank      share of pictures in which fewer than 2 % of the pixels differ visibly from the page
@@ -11,19 +11,17 @@ first, last, gain   of the run's metrics.csv: mean reward of the first and of th
 """
 import argparse
 import csv
-import json
-import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tiny")]
 import torch
 
 import make_tiny
 import rewards
+import rlcm
+from bench import figures
 
 
 def blank(pictures):
@@ -32,11 +30,10 @@ def blank(pictures):
     return float((((pictures - page).abs().amax(1) > 0.15).float().mean((1, 2)) < 0.02).float().mean())
 
 
-def measure(pipe, captions, steps, guidance, reward, data):
-    pictures = make_tiny.draw(pipe, captions, num_inference_steps=steps, guidance_scale=guidance)
-    animals = make_tiny.draw(pipe, rewards.ANIMALS, num_inference_steps=steps, guidance_scale=guidance)
-    return (make_tiny.nearest_accuracy(pictures, captions, *data), make_tiny.nearest_accuracy(animals, rewards.ANIMALS, *data),
-            blank(torch.cat([pictures, animals])), float(rewards.get_reward(reward)(pictures, captions).mean()))
+def measure(model, cfg, captions, data):
+    pictures, animals = figures.draw(model, cfg, captions), figures.draw(model, cfg, rewards.ANIMALS)
+    accuracy = (make_tiny.nearest_accuracy(p, c, *data) for p, c in ((pictures, captions), (animals, rewards.ANIMALS)))
+    return *accuracy, blank(torch.cat([pictures, animals])), float(rewards.get_reward(cfg.reward, "tiny")(pictures, captions).mean())
 
 
 def learned(run):
@@ -49,21 +46,21 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("runs", nargs="+", type=Path)
     args = p.parse_args()
-    from diffusers import DiffusionPipeline
-    from diffusers.utils import logging
-    from transformers.utils import logging as transformers_logging
-
-    logging.disable_progress_bar(), transformers_logging.disable_progress_bar()
     data = make_tiny.training_pictures()
-    captions = make_tiny.fixed_captions(data[1])
+    captions, seen = make_tiny.fixed_captions(data[1]), {}
     print(f"{'':34s} accuracy  animals  blank    reward     first      last   gain  seconds")
-    for n, run in enumerate([None] + args.runs):
-        config = json.loads(((run or args.runs[0]) / "config.json").read_text())
-        pipe = DiffusionPipeline.from_pretrained(HERE.parent / "tiny" / "lcm", dtype=torch.float32)
-        if run:
-            pipe.load_lora_weights(run)
-        row = measure(pipe, captions, config["steps"], config["guidance"], config["reward"], data)
-        print(f"{str(run or 'base model')[-34:]:34s} {row[0]:8.3f} {row[1]:8.3f} {row[2]:6.3f} {row[3]:9.3f} {learned(run) if run else ''}", flush=True)
+
+    def line(name, row, rest=""):
+        print(f"{name[-34:]:34s} {row[0]:8.3f} {row[1]:8.3f} {row[2]:6.3f} {row[3]:9.3f} {rest}", flush=True)
+
+    for run in args.runs:
+        cfg = figures.settings_of(run, rlcm.Config())
+        model, kind = rlcm.load_model(cfg, "cpu"), (cfg.method, cfg.steps, cfg.guidance, cfg.reward)
+        if kind not in seen:
+            seen[kind] = measure(model, cfg, captions, data)
+            line(f"base model, {cfg.method}, {cfg.steps} steps", seen[kind])
+        figures.load_weights(model, run)
+        line(str(run), measure(model, cfg, captions, data), learned(run))
 
 
 if __name__ == "__main__":
