@@ -66,6 +66,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, Optional
@@ -90,7 +91,9 @@ class Config:
     method: Literal["rlcm", "ddpo", "score"] = flag("rlcm", "the policy: a consistency model's, a diffusion model's in discrete or in continuous time")
     algo: Literal["ppo", "reinforce"] = flag("ppo", "clipped ratio, or plain score function")
     model: str = flag("auto", "auto, tiny, a folder or a hub id of a diffusers pipeline; auto: the real model on a CUDA GPU, tiny elsewhere")
-    prompts: str = flag("animals", f"{', '.join(PROMPTS)}, or a text file with one prompt a line")
+    lcm_lora: Optional[str] = flag(None, "LCM-LoRA (hub id or folder) that makes an SD-1.x --model a consistency model; stays frozen under the adapter")
+    paper: bool = flag(False, "the papers' settings for this method and reward, at one GPU's equivalent of their batch")
+    prompts: Optional[str] = flag(None, f"{', '.join(PROMPTS)}, or a text file with one prompt a line; default animals")
     steps: Optional[int] = flag(None, "H, evaluations of the model for one picture: 2 to 50; default 4 for rlcm")
     epochs: Optional[int] = flag(None, "rollouts of the run")
     batch_size: Optional[int] = flag(None, "B, pictures in an epoch")
@@ -102,11 +105,13 @@ class Config:
     lora_rank: Optional[int] = flag(None, "rank of the adapter; 0: train all weights of the network")
     lora_alpha: Optional[int] = flag(None, "alpha of the adapter")
     clip_range: float = flag(1e-4, "PPO's epsilon; the log-prob is an average over D, so ratios stay close to 1")
-    adv_clip: float = flag(10.0, "advantages are clipped to +- this")
+    adv_clip: Optional[float] = flag(None, "advantages are clipped to +- this")
     buffer_size: Optional[int] = flag(None, "rewards remembered for each prompt")
     min_count: Optional[int] = flag(None, "with fewer of them the batch's mean and std serve")
-    max_grad_norm: float = flag(5.0, "gradient norm is clipped to this")
+    max_grad_norm: Optional[float] = flag(None, "gradient norm is clipped to this")
     precision: Optional[Literal["fp32", "bf16", "fp16"]] = flag(None, "of the network; default bf16 on a GPU, fp32 elsewhere")
+    low_memory: bool = flag(False, "one picture a pass, gradient checkpointing, sliced VAE: slower, the same gradient")
+    log_with: Optional[Literal["wandb", "tensorboard"]] = flag(None, "also log metrics and pictures there")
     seed: int = flag(0, "of adapter, prompts and noise")
     save_every: int = flag(10, "epochs between sample grids, curves and saved LoRAs")
     out: Optional[str] = flag(None, "run directory; default runs/METHOD-REWARD-SEED-TIME (with --sample: the picture's file)")
@@ -120,30 +125,51 @@ class Config:
 
 TINY = {"rlcm": "lcm", "ddpo": "sd", "score": "sd"}
 REAL = {"rlcm": "SimianLuo/LCM_Dreamshaper_v7", "ddpo": "Lykon/dreamshaper-7", "score": "Lykon/dreamshaper-7"}
-OURS = dict(batch_size=64, micro_batch=32, updates=1, lora_rank=4, lora_alpha=4, buffer_size=8, min_count=4)
-DDPO = dict(steps=50, epochs=100, batch_size=256, micro_batch=2, updates=4, lr=3e-4, kl=0.0, guidance=5.0, lora_rank=4, lora_alpha=4, buffer_size=16, min_count=16)
-RLCM = dict(steps=4, epochs=1000, batch_size=16, micro_batch=2, updates=1, lr=1e-4, kl=0.0, guidance=8.0, lora_rank=16, lora_alpha=32, buffer_size=16, min_count=16)
+OURS = dict(batch_size=64, micro_batch=32, updates=1, lora_rank=4, lora_alpha=4, buffer_size=8, min_count=4, adv_clip=10.0, max_grad_norm=5.0)
+RLCM = dict(steps=4, epochs=1000, batch_size=16, micro_batch=2, updates=1, lr=1e-4, kl=0.0, guidance=8.0, lora_rank=16, lora_alpha=32,
+            buffer_size=16, min_count=16, adv_clip=10.0, max_grad_norm=5.0)
+DDPO = dict(steps=50, epochs=100, batch_size=256, micro_batch=2, updates=4, lr=3e-4, kl=0.0, guidance=5.0, lora_rank=4, lora_alpha=4,
+            buffer_size=16, min_count=16, adv_clip=5.0, max_grad_norm=1.0)
 PRESETS = {  # (model, method): ours for the embedded models, the papers' for the real ones
     ("tiny", "rlcm"): OURS | dict(steps=4, epochs=72, lr=1e-3, kl=0.0028, guidance=6.0),
     ("tiny", "ddpo"): OURS | dict(steps=5, epochs=40, lr=3e-3, kl=0.001, guidance=3.0),
     ("tiny", "score"): OURS | dict(steps=6, epochs=24, lr=5e-3, kl=0.004, guidance=3.0),
     ("real", "rlcm"): RLCM, ("real", "ddpo"): DDPO, ("real", "score"): DDPO,
 }
+PAPER = {  # --paper: (method, reward), what differs from the lines above; RLCM's four GPUs as one batch; incompress as compress
+    ("rlcm", "compress"): dict(steps=8, prompts="imagenet-animals"),
+    ("rlcm", "aesthetic"): dict(steps=8, batch_size=32, lora_rank=8, lora_alpha=8, buffer_size=32),
+    ("rlcm", "align"): dict(steps=16, epochs=708, batch_size=160, lr=4e-4, buffer_size=32, prompts="animals-activities"),
+    ("ddpo", "compress"): dict(prompts="imagenet-animals"), ("ddpo", "aesthetic"): dict(updates=2),
+    ("ddpo", "align"): dict(updates=2, prompts="animals-activities"),
+}
 
 
 def resolve(cfg):
     """A copy of cfg with what was left open filled in and every number checked. Raises BadInput."""
     if cfg.model == "auto":
-        model, why = (REAL[cfg.method], "a CUDA GPU is here") if torch.cuda.is_available() else ("tiny", "no CUDA GPU here")
+        model, why = (REAL["ddpo" if cfg.lcm_lora else cfg.method], "a CUDA GPU is here") if torch.cuda.is_available() else ("tiny", "no CUDA GPU here")
         say(f"model: {model} ({why}; --model chooses)")
         cfg = replace(cfg, model=model)
-    preset = PRESETS["tiny" if cfg.model == "tiny" else "real", cfg.method] | {"precision": "bf16" if torch.cuda.is_available() else "fp32"}
+    task = cfg.method, cfg.reward.removeprefix("in")
+    if cfg.paper and task not in PAPER:
+        raise BadInput(f"--paper: no published settings for {' '.join(task)}: choose from {', '.join(map(' '.join, PAPER))}")
+    if cfg.lcm_lora and cfg.method != "rlcm":
+        raise BadInput("--lcm-lora makes a consistency model: it goes with --method rlcm")
+    preset = PRESETS["real", cfg.method] | PAPER[task] if cfg.paper else PRESETS["tiny" if cfg.model == "tiny" else "real", cfg.method]
+    preset = {"prompts": "animals", "precision": "bf16" if torch.cuda.is_available() else "fp32"} | preset
+    preset |= {"micro_batch": 1} if cfg.low_memory else {}
+    preset |= {"guidance": 1.5} if cfg.lcm_lora else {}
     cfg = replace(cfg, **{name: value for name, value in preset.items() if getattr(cfg, name) is None})
+    if cfg.log_with and not find_spec(cfg.log_with):
+        raise BadInput(f"--log-with {cfg.log_with}: not installed here; pip install {cfg.log_with}")
+    if cfg.precision == "fp16" and not torch.cuda.is_available():
+        raise BadInput("--precision fp16 needs a GPU: take bf16 or fp32")
     if not 2 <= cfg.steps <= 50:
         raise BadInput(f"--steps {cfg.steps}: between 2 and 50 evaluations" + ", because a single one has no random transition to reinforce" * (cfg.steps == 1))
     for name, value in vars(cfg).items():
         zero = name in ("kl", "guidance", "seed", "lora_rank")
-        if isinstance(value, (int, float)) and not (0 < value < float("inf") or zero and value == 0):
+        if type(value) in (int, float) and not (0 < value < float("inf") or zero and value == 0):
             raise BadInput(f"--{name.replace('_', '-')} {value}: must be a positive number" + " or zero" * zero)
     return cfg
 
@@ -393,6 +419,9 @@ def load_model(cfg, device):
     path = str(Path(__file__).resolve().parent / "tiny" / TINY[cfg.method]) if cfg.model == "tiny" else cfg.model
     try:
         pipe = DiffusionPipeline.from_pretrained(path, dtype=dtype, safety_checker=None, requires_safety_checker=False)
+        if cfg.lcm_lora:
+            path, pipe.scheduler = cfg.lcm_lora, LCMScheduler.from_config(pipe.scheduler.config)
+            pipe.load_lora_weights(path), pipe.fuse_lora(), pipe.unload_lora_weights()
     except Exception as e:
         raise BadInput(f"cannot load the model {path} ({type(e).__name__}): give a folder or hub id of a diffusers pipeline, or --model tiny, which needs no download") from e
     if cfg.method != "rlcm":
@@ -409,6 +438,8 @@ def load_model(cfg, device):
     if cfg.lora_rank:
         pipe.unet.add_adapter(LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     cast_training_params(pipe.unet, torch.float32)  # what is trained is float32 whatever the network is
+    if cfg.low_memory:
+        pipe.unet.enable_gradient_checkpointing(), pipe.vae.enable_slicing()
 
     m = SimpleNamespace(pipe=pipe, unet=pipe.unet, shape=(pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size))
     dim = pipe.unet.config.time_cond_proj_dim
@@ -438,7 +469,7 @@ def load_model(cfg, device):
     def decode(latents):
         return (pipe.vae.decode((latents / pipe.vae.config.scaling_factor).to(dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
 
-    m.eps = guided if cfg.method != "rlcm" and cfg.guidance > 1 else network
+    m.eps = guided if not dim and cfg.guidance > 1 else network
     m.eps_pre, m.encode, m.decode, m.nothing = pretrained, encode, decode, encode([""])
     return m
 
@@ -523,11 +554,11 @@ def train(cfg, stop=()):
 
     cfg = resolve(cfg)
     reward_fn, prompts = get_reward(cfg.reward, cfg.model), get_prompts(cfg.prompts)
-    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(cfg.precision, cfg.precision))
+    out = Path(cfg.out or f"runs/{cfg.method}-{cfg.reward.split('/')[-1].replace(':', '-')}-{cfg.seed}-{time.strftime('%m%d-%H%M%S')}")
+    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(cfg.precision, cfg.precision), log_with=cfg.log_with, project_dir=out)
     P, rank, device, leader = accelerator.num_processes, accelerator.process_index, accelerator.device, accelerator.is_main_process
     if cfg.batch_size % (P * cfg.updates):
         raise BadInput(f"--batch-size {cfg.batch_size} does not divide into {P} processes x --updates {cfg.updates}")
-    out = Path(cfg.out or f"runs/{cfg.method}-{cfg.reward.split('/')[-1].replace(':', '-')}-{cfg.seed}-{time.strftime('%m%d-%H%M%S')}")
     if not cfg.resume and out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise BadInput(f"{out} exists and is not an empty folder: give another --out")
     state = load_checkpoint(out / "checkpoint")
@@ -560,6 +591,7 @@ def train(cfg, stop=()):
         with aside(out / "config.json") as f:
             json.dump({**asdict(replace(cfg, resume=None)), "processes": P, "versions": versions}, f, indent=1)
         save_samples(0, first, r)
+    accelerator.init_trackers("rlcm", {name: str(value) for name, value in asdict(cfg).items()})
     if rows:
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -596,6 +628,9 @@ def train(cfg, stop=()):
         if save := epoch % cfg.save_every == 0 or epoch == cfg.epochs:
             images = draw(model, cfg, shown)
             rows[-1]["likeness"] = likeness(images, first)
+            for tracker in accelerator.trackers:
+                tracker.log_images({"samples": images.permute(0, 2, 3, 1).cpu().numpy()}, epoch, **{"dataformats": "NHWC"} if cfg.log_with == "tensorboard" else {})
+        accelerator.log({name: value for name, value in rows[-1].items() if value != ""}, epoch)
         if leader:
             save_metrics(rows, out / "metrics.csv")
         if leader and save:

@@ -197,6 +197,15 @@ def test_ppo_clips_only_what_profits():
     torch.testing.assert_close(loss.detach(), torch.tensor([-1.1, -np.exp(-0.5), np.exp(0.5), 0.9], dtype=torch.float32))
 
 
+def test_low_memory_gives_the_same_gradient(model):
+    cfg = rlcm.resolve(Config(model="tiny", low_memory=True))
+    assert cfg.micro_batch == 1
+    lean = rlcm.load_model(cfg, "cpu")
+    assert lean.unet.is_gradient_checkpointing and not model.unet.is_gradient_checkpointing and lean.pipe.vae.use_slicing
+    a, b = gradient(lean, cfg, B=4, kl=0.1), gradient(model, replace(cfg, low_memory=False), B=4, kl=0.1)
+    assert b.norm() > 1e-4 and (a - b).norm() < 1e-3 * b.norm()
+
+
 class Gaussian:
     """Data N(theta, 1), D = 1: noised data is N(sqrt(ab) theta, 1), so score, eps and consistency function are closed forms, and every
     kernel is linear: mean = slope_k x + shift_k theta. `eps` is the network that makes the program's own parametrisation produce them."""
@@ -347,6 +356,86 @@ def test_advantages_of_rare_prompts_use_the_batch_and_are_clipped():
     expected = ((r - r.mean()) / r.std(correction=0)).clamp(-1.5, 1.5)
     torch.testing.assert_close(A, expected, atol=1e-5, rtol=0)
     assert A.max() == 1.5
+
+
+# ------------------------------------------------------------------------------------------------------ models, settings
+def test_the_papers_settings_and_that_an_explicit_flag_wins():
+    """The tables of the two papers (RLCM appendix, four GPUs as one; DDPO appendix)."""
+    settings = lambda *names, **given: [getattr(rlcm.resolve(Config(model="real", paper=True, **given)), name) for name in names]
+    names = ("steps", "epochs", "batch_size", "lr", "lora_rank", "lora_alpha", "buffer_size", "min_count", "clip_range", "adv_clip", "max_grad_norm", "guidance", "updates", "prompts")
+    assert settings(*names, reward="incompress") == [8, 1000, 16, 1e-4, 16, 32, 16, 16, 1e-4, 10, 5, 8.0, 1, "imagenet-animals"]
+    assert settings(*names, reward="aesthetic") == [8, 1000, 32, 1e-4, 8, 8, 32, 16, 1e-4, 10, 5, 8.0, 1, "animals"]
+    assert settings(*names, reward="align") == [16, 708, 160, 4e-4, 16, 32, 32, 16, 1e-4, 10, 5, 8.0, 1, "animals-activities"]
+    assert settings("steps", "batch_size", "updates", "lr", "guidance", "adv_clip", "max_grad_norm", method="ddpo", reward="aesthetic") == [50, 256, 2, 3e-4, 5.0, 5, 1]
+    assert settings("updates", "prompts", method="ddpo", reward="compress") == [4, "imagenet-animals"]
+    assert settings("steps", "prompts", reward="align", steps=4, prompts="a cat") == [4, "a cat"]
+
+
+def test_an_lcm_lora_makes_a_diffusion_model_a_consistency_model_and_stays_under_the_adapter(tmp_path):
+    """The network under the fresh adapter is tiny/sd with the LCM-LoRA's product added to its weights by hand; a run trains on top of it."""
+    from diffusers import LCMScheduler, StableDiffusionPipeline
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+    pipe = StableDiffusionPipeline.from_pretrained(HERE / "tiny" / "sd", dtype=torch.float32)
+    plain = {name: p.clone() for name, p in pipe.unet.state_dict().items()}
+    pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_out.0", "conv1"]))
+    with torch.no_grad():
+        for i, (name, p) in enumerate(pipe.unet.named_parameters()):
+            if "lora_B" in name:
+                p.copy_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    state = get_peft_model_state_dict(pipe.unet)
+    from diffusers.training_utils import _collate_lora_metadata
+    StableDiffusionPipeline.save_lora_weights(tmp_path / "lcm-lora", state, **_collate_lora_metadata({"unet": pipe.unet}))
+    m = rlcm.load_model(rlcm.resolve(Config(model=str(HERE / "tiny" / "sd"), lcm_lora=str(tmp_path / "lcm-lora"), lora_rank=4)), "cpu")
+    assert isinstance(m.pipe.scheduler, LCMScheduler) and m.eps.__name__ == "guided"
+    merged = {name.replace(".base_layer", ""): p for name, p in m.unet.state_dict().items() if "lora_" not in name}
+    changed = 0
+    for name, p in plain.items():
+        key = name.removesuffix(".weight")
+        if f"{key}.lora_A.weight" in state:
+            A, B = state[f"{key}.lora_A.weight"], state[f"{key}.lora_B.weight"]
+            delta = torch.einsum("or,ri->oi", B.flatten(1), A.flatten(1)).view(p.shape) * 2 if A.ndim == 2 else torch.einsum("or,rihw->oihw", B[:, :, 0, 0], A) * 2
+            changed += 1
+            torch.testing.assert_close(merged[name], p + delta, atol=1e-5, rtol=1e-4)
+        else:
+            assert torch.equal(merged[name], p)
+    assert changed > 10
+    out = rlcm.train(Config(model=str(HERE / "tiny" / "sd"), lcm_lora=str(tmp_path / "lcm-lora"), lora_rank=4, steps=2, epochs=2, batch_size=4, kl=0.01, save_every=2, out=str(tmp_path / "run")))
+    rows = metrics(out)
+    assert float(rows[0]["path_kl"]) == 0 < float(rows[1]["path_kl"]) and float(rows[0]["ratio_drift"]) == 0
+
+
+def test_half_precision_trains_a_float32_adapter_with_the_same_arithmetic_in_rollout_and_update(tmp_path):
+    from accelerate.state import AcceleratorState
+    AcceleratorState._reset_state()  # one process has one precision
+    out = rlcm.train(Config(**{**SMALL, "precision": "bf16", "kl": 0.01}, out=str(tmp_path / "run")))
+    AcceleratorState._reset_state()
+    from safetensors.torch import load_file
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in load_file(out / "pytorch_lora_weights.safetensors").values())
+    rows = metrics(out)
+    assert [float(row["ratio_drift"]) for row in rows] == [0.0, 0.0] and float(rows[0]["path_kl"]) == 0 < float(rows[1]["path_kl"])
+
+
+def test_trackers_are_given_metrics_and_pictures(tmp_path, monkeypatch):
+    """With a tracker in place of tensorboard's, which is not installed here."""
+    from accelerate import tracking
+    seen = []
+
+    class Fake(tracking.GeneralTracker):
+        name, requires_logging_directory, tracker = "tensorboard", True, None
+        def __init__(self, run, logging_dir=None, **kwargs): super().__init__()
+        def store_init_configuration(self, values): seen.append(("config", values))
+        def log(self, values, step=None, **kwargs): seen.append(("log", values, step))
+        def log_images(self, values, step=None, **kwargs): seen.append(("images", values, step, kwargs))
+
+    monkeypatch.setattr(rlcm, "find_spec", lambda name: True)
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", Fake)
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: [tracking.LoggerType.TENSORBOARD])
+    out = rlcm.train(Config(**SMALL, log_with="tensorboard", out=str(tmp_path / "run")))
+    assert [entry[0] for entry in seen] == ["config", "images", "log", "images", "log"] and seen[0][1]["reward"] == "compress"
+    pictures = seen[1][1]["samples"]
+    assert pictures.shape == (16, 64, 64, 3) and 0 <= pictures.min() < pictures.max() <= 1 and seen[1][3] == {"dataformats": "NHWC"}
+    assert [entry[2] for entry in seen if entry[0] == "log"] == [1, 2] and seen[2][1]["reward_mean"] == float(metrics(out)[0]["reward_mean"])
 
 
 # -------------------------------------------------------------------------------------------------------------- rewards
@@ -643,6 +732,8 @@ def test_a_run_killed_at_twenty_moments_ends_as_the_one_left_alone(spawn, tmp_pa
         process.join(None if n < len(moments) else rng.uniform(0.2, 2.0))
         process.kill(), process.join()
         assert process.exitcode == -signal.SIGKILL
+        where = f"inside call {moments[n][1]} of {'torch.save' if moments[n][0] == 'save' else 'os.replace'}" if n < len(moments) else "at a random moment"
+        print(f"kill {n + 1:2d} {where:32} {len(values(killed)) if (killed / 'metrics.csv').exists() else 0} of {LINES['epochs']} epochs in metrics.csv")  # seen with -rP
     process = spawn(go_on(killed))
     process.join()
     assert process.exitcode == 0
@@ -923,6 +1014,12 @@ BAD = {  # arguments: what the message must name
     "--method sarsa": "invalid choice",
     "--algo a2c": "invalid choice",
     "--precision int8": "invalid choice",
+    "--precision fp16": "needs a GPU",
+    "--log-with tensorboard": "pip install tensorboard",
+    "--log-with paper": "invalid choice",
+    "--paper --reward clip": "no published settings for rlcm clip",
+    "--lcm-lora nowhere": "cannot load the model nowhere",
+    "--lcm-lora nowhere --method score": "goes with --method rlcm",
     "--rew compress": "--rew",
     "--nonsense": "--nonsense",
     "stray": "stray",
@@ -970,6 +1067,7 @@ def test_bad_input_is_one_line_status_two_and_nothing_written(arguments, tmp_pat
     given = arguments.split()
     assert rlcm.main(given if "--model" in given or "--resume" in given else given + ["--model", "tiny"]) == 2
     err = capsys.readouterr().err
+    print(f"{arguments:50} {err}")  # seen with -rP
     assert err.count("\n") == 1 and err.startswith("rlcm.py: ") and BAD[arguments] in err
     assert sorted(str(p) for p in tmp_path.rglob("*") if "__pycache__" not in p.parts) == before
 
