@@ -140,7 +140,8 @@ PAPER = {  # --paper: (method, reward), what differs from the lines above; RLCM'
     ("rlcm", "compress"): dict(steps=8, prompts="imagenet-animals"),
     ("rlcm", "aesthetic"): dict(steps=8, batch_size=32, lora_rank=8, lora_alpha=8, buffer_size=32),
     ("rlcm", "align"): dict(steps=16, epochs=708, batch_size=160, lr=4e-4, buffer_size=32, prompts="animals-activities"),
-    ("ddpo", "compress"): dict(prompts="imagenet-animals"), ("ddpo", "aesthetic"): dict(updates=2),
+    ("ddpo", "compress"): dict(prompts="imagenet-animals"),
+    ("ddpo", "aesthetic"): dict(updates=2),
     ("ddpo", "align"): dict(updates=2, prompts="animals-activities"),
 }
 
@@ -152,21 +153,20 @@ def resolve(cfg):
         say(f"model: {model} ({why}; --model chooses)")
         cfg = replace(cfg, model=model)
     task = cfg.method, cfg.reward.removeprefix("in")
-    if cfg.paper and task not in PAPER:
-        raise BadInput(f"--paper: no published settings for {' '.join(task)}: choose from {', '.join(map(' '.join, PAPER))}")
-    if cfg.lcm_lora and cfg.method != "rlcm":
-        raise BadInput("--lcm-lora makes a consistency model: it goes with --method rlcm")
-    preset = PRESETS["real", cfg.method] | PAPER[task] if cfg.paper else PRESETS["tiny" if cfg.model == "tiny" else "real", cfg.method]
+    preset = PRESETS["real", cfg.method] | PAPER.get(task, {}) if cfg.paper else PRESETS["tiny" if cfg.model == "tiny" else "real", cfg.method]
     preset = {"prompts": "animals", "precision": "bf16" if torch.cuda.is_available() else "fp32"} | preset
-    preset |= {"micro_batch": 1} if cfg.low_memory else {}
-    preset |= {"guidance": 1.5} if cfg.lcm_lora else {}
+    preset |= ({"micro_batch": 1} if cfg.low_memory else {}) | ({"guidance": 1.5} if cfg.lcm_lora else {})
     cfg = replace(cfg, **{name: value for name, value in preset.items() if getattr(cfg, name) is None})
-    if cfg.log_with and not find_spec(cfg.log_with):
-        raise BadInput(f"--log-with {cfg.log_with}: not installed here; pip install {cfg.log_with}")
-    if cfg.precision == "fp16" and not torch.cuda.is_available():
-        raise BadInput("--precision fp16 needs a GPU: take bf16 or fp32")
-    if not 2 <= cfg.steps <= 50:
-        raise BadInput(f"--steps {cfg.steps}: between 2 and 50 evaluations" + ", because a single one has no random transition to reinforce" * (cfg.steps == 1))
+    for wrong, message in (
+        (cfg.paper and task not in PAPER, f"--paper: no published settings for {' '.join(task)}: choose from {', '.join(map(' '.join, PAPER))}"),
+        (cfg.lcm_lora and cfg.method != "rlcm", "--lcm-lora makes a consistency model: it goes with --method rlcm"),
+        (cfg.log_with and not find_spec(cfg.log_with), f"--log-with {cfg.log_with}: not installed here; pip install {cfg.log_with}"),
+        (cfg.precision == "fp16" and not torch.cuda.is_available(), "--precision fp16 needs a GPU: take bf16 or fp32"),
+        (cfg.steps == 1, "--steps 1: a single evaluation has no random transition to reinforce; between 2 and 50"),
+        (not 2 <= cfg.steps <= 50, f"--steps {cfg.steps}: between 2 and 50 evaluations"),
+    ):
+        if wrong:
+            raise BadInput(message)
     for name, value in vars(cfg).items():
         zero = name in ("kl", "guidance", "seed", "lora_rank")
         if type(value) in (int, float) and not (0 < value < float("inf") or zero and value == 0):

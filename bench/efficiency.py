@@ -48,7 +48,9 @@ def bare_epoch(cfg, model, optimizer):
     unet, vae, B = model.pipe.unet, model.pipe.vae, cfg.batch_size
     m = rlcm.micro_batch_of(cfg, B // cfg.updates)
     rows = 2 * m if model.eps.__name__ == "guided" else m  # classifier-free guidance in one pass
-    T, device, dtype = cfg.steps - (cfg.method == "rlcm"), model.nothing.device, model.nothing.dtype
+    device, dtype = model.nothing.device, model.nothing.dtype
+    std = rlcm.METHODS[cfg.method][0](model.pipe.scheduler, cfg.steps, device).std
+    T, actions = len(std), int((std > 0).sum())  # DDIM's last step has no noise, so no reference and no update
     x, c = torch.randn(rows, *model.shape, device=device, dtype=dtype), model.encode(["a cat"]).expand(rows, -1, -1)
     t, dim = torch.full((rows,), 500, device=device), unet.config.time_cond_proj_dim
     w = torch.zeros(rows, dim, device=device, dtype=dtype) if dim else None
@@ -64,12 +66,12 @@ def bare_epoch(cfg, model, optimizer):
                     network()
                 if cfg.kl:
                     unet.disable_adapters()
-                    for _ in range(T):
+                    for _ in range(actions):
                         network()
                     unet.enable_adapters()
                 vae.decode(x[:m])
         for _ in range(cfg.updates):
-            for _ in range(T * B // cfg.updates // m):
+            for _ in range(actions * B // cfg.updates // m):
                 network().float().square().mean().backward()
             optimizer.step(), optimizer.zero_grad()
         synchronize()

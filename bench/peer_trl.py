@@ -13,7 +13,7 @@ Pins    trl==0.23.1, the last release with DDPOTrainer, as published, with datas
         requirements.txt: torch==2.13.0 diffusers==0.42.1 transformers==5.23.0 peft==0.21.2 accelerate==1.15.0 pillow==13.0.0 numpy==2.4.6,
         so both trainers run on the same libraries. (Those of TRL 0.23.1's own days, transformers 4.56 and diffusers 0.35, cannot read
         tiny/sd, which was saved by later ones.) Adapted, from outside: one PartialState() before its pipeline, whose logger wants it.
-Equal   tiny/sd; fp32, CPU, threads; pictures an epoch; DDIM steps, eta 1; guidance in rollout and update; the 45 animals; rewards.compress;
+Equal   tiny/sd with SD 1.5's schedule (noise in every step, as TRL wants it); fp32, CPU, threads; pictures an epoch; DDIM steps, eta 1; guidance in rollout and update; the 45 animals; rewards.compress;
         LoRA of rank and alpha 4 on to_q, to_k, to_v, to_out.0, which is fixed in TRL; optimizer steps an epoch; learning rate, clip ranges,
         gradient norm; advantages by prompt; no KL. What the U-Net is fed is counted in both; if it differs the script says so and fails.
 Unequal TRL encodes its prompts every time, ours once; TRL shuffles transitions; TRL's AdamW has a weight decay, ours is Adam; each has its
@@ -25,6 +25,7 @@ import argparse
 import functools
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -44,7 +45,7 @@ PARTS = ["U-Net in rollout", "U-Net in update", "backward", "VAE decode", "text 
 # ------------------------------------------------------------------------------------------------------------- workers
 def ours(job):
     import rlcm
-    rlcm.train(rlcm.Config(method="ddpo", model="tiny", reward="compress", precision="fp32", steps=job["steps"], batch_size=job["batch_size"],
+    rlcm.train(rlcm.Config(method="ddpo", model=job["model"], reward="compress", precision="fp32", steps=job["steps"], batch_size=job["batch_size"],
                            micro_batch=job["micro_batch"], updates=job["updates"], guidance=job["guidance"], kl=0.0, lora_rank=4, lora_alpha=4, lr=RATE, adv_clip=ADV_CLIP,
                            max_grad_norm=GRAD_NORM, buffer_size=BUFFER, min_count=MIN_COUNT, epochs=10**6, save_every=10**6, out=job["out"]))
 
@@ -63,7 +64,7 @@ def theirs(job):
                         train_gradient_accumulation_steps=job["batch_size"] // job["updates"] // m, train_learning_rate=RATE, train_adv_clip_max=ADV_CLIP,
                         train_max_grad_norm=GRAD_NORM, per_prompt_stat_tracking=True, per_prompt_stat_tracking_buffer_size=BUFFER, per_prompt_stat_tracking_min_count=MIN_COUNT)
     trainer = DDPOTrainer(config, lambda images, prompts, metadata: (score(images, prompts), {}), lambda: (random.choice(rewards.ANIMALS), {}),
-                          DefaultDDPOStableDiffusionPipeline(str(ROOT / "tiny" / "sd")))
+                          DefaultDDPOStableDiffusionPipeline(job["model"]))
     step = 0
     for epoch in range(10**6):
         step = trainer.step(epoch, step)
@@ -135,13 +136,20 @@ def environment(folder):
     return str(python)
 
 
+def with_noise_to_the_end(folder):
+    """A copy of tiny/sd with SD 1.5's DDIM schedule: TRL divides by the std of every step, and tiny/sd's last one has none."""
+    shutil.copytree(ROOT / "tiny" / "sd", folder)
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "timestep_spacing": "leading", "set_alpha_to_one": False}))
+
+
 class Trainer:
     """A worker process. epoch() lets it run one epoch and returns its answer."""
 
     def __init__(self, python, who, micro_batch, args, folder):
         self.name, self.log, self.epochs = f"{who}, micro-batch {micro_batch}", folder / f"{who}-{micro_batch}.log", []
         job = dict(who=who, micro_batch=micro_batch, batch_size=args.batch_size, steps=args.steps, updates=args.updates, guidance=args.guidance, threads=args.threads,
-                   out=str(folder / f"{who}-{micro_batch}"))
+                   model=str(folder / "sd"), out=str(folder / f"{who}-{micro_batch}"))
         env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
         self.process = subprocess.Popen([python, __file__, "--worker", json.dumps(job)], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=open(self.log, "w"), text=True)
 
@@ -171,6 +179,7 @@ def measure(args, folder):
         sys.exit(f"micro-batches of {same} and {default} must divide the {n} pictures of an optimizer step")
     pairs = {("rlcm", same), ("trl", same), ("rlcm", default), ("trl", 1)}
     trainers = {}
+    with_noise_to_the_end(folder / "sd")
     try:
         for who, m in sorted(pairs):
             trainers[who, m] = Trainer(python if who == "trl" else sys.executable, who, m, args, folder)
