@@ -2,7 +2,7 @@
 
 Fine-tunes a text-to-image latent consistency model on any reward by policy gradients, next to the diffusion baseline (DDPO) and to
 continuous-time RL (Scores as Actions). Read it from the top: each equation stands beside the line that computes it. Rewards and prompt
-sets live in rewards.py, drawing and tables in bench/figures.py.
+sets live in rewards.py; pictures, tables and the LoRA's file in bench/figures.py.
 
     python rlcm.py --reward compress --steps 4                     # train; runs/NAME/ holds pictures, curves and the LoRA
     python rlcm.py --reward my_reward.py:redness --prompts my_prompts.txt
@@ -20,14 +20,11 @@ Papers
     SaA    Zhao et al. 2024/25, Scores as Actions                                                            arXiv 2409.08400, 2502.01819
 
 The idea. Sampling, in few steps or many, is a Markov decision process with Gaussian kernels:
-
     state s_k = (x_k, t_k, c)      action a_k = x_{k+1} ~ N( mean_theta(x_k, t_k, c), std_k^2 I )      k = 0 .. T-1
     picture = decode( readout(x_T) )      reward r(picture, c), given once, at the end
-
     RLCM    mean = sqrt(ab_{k+1}) f_theta(x_k, t_k, c)           std = sqrt(1 - ab_{k+1})    readout = f_theta(x_T, t_T, c)
     DDPO    mean = the DDIM step with eta = 1                    std = DDIM's sigma_k        readout = x_T
     SaA     mean = x_k + (1/2 x_k + score_theta) beta dt         std = sqrt(beta dt)         readout = x_T
-
 A method is three functions: schedule, policy and readout. Rollout samples from the policy, the update re-scores with the same call, and
 nothing else knows which method runs, but for SaA's value function.
 
@@ -58,7 +55,6 @@ import copy
 import csv
 import json
 import os
-import shutil
 import signal
 import sys
 import time
@@ -75,7 +71,6 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # a quiet terminal: no
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 import numpy as np
 import torch
-
 from rewards import HELP, PROMPTS, BadInput, get_prompts, get_reward
 
 
@@ -131,7 +126,7 @@ RLCM = dict(steps=4, epochs=1000, batch_size=16, micro_batch=2, updates=1, lr=1e
 DDPO = dict(steps=50, epochs=100, batch_size=256, micro_batch=2, updates=4, lr=3e-4, kl=0.0, guidance=5.0, lora_rank=4, lora_alpha=4,
             buffer_size=16, min_count=16, adv_clip=5.0, max_grad_norm=1.0)
 PRESETS = {  # (model, method): ours for the embedded models, the papers' for the real ones
-    ("tiny", "rlcm"): OURS | dict(steps=4, epochs=72, lr=1e-3, kl=0.0028, guidance=6.0),
+    ("tiny", "rlcm"): OURS | dict(steps=4, epochs=64, lr=1.2e-3, kl=0.0028, guidance=6.0),
     ("tiny", "ddpo"): OURS | dict(steps=5, epochs=40, lr=3e-3, kl=0.001, guidance=3.0),
     ("tiny", "score"): OURS | dict(steps=6, epochs=24, lr=5e-3, kl=0.004, guidance=3.0),
     ("real", "rlcm"): RLCM, ("real", "ddpo"): DDPO, ("real", "score"): DDPO,
@@ -140,8 +135,7 @@ PAPER = {  # --paper: (method, reward), what differs from the lines above; RLCM'
     ("rlcm", "compress"): dict(steps=8, prompts="imagenet-animals"),
     ("rlcm", "aesthetic"): dict(steps=8, batch_size=32, lora_rank=8, lora_alpha=8, buffer_size=32),
     ("rlcm", "align"): dict(steps=16, epochs=708, batch_size=160, lr=4e-4, buffer_size=32, prompts="animals-activities"),
-    ("ddpo", "compress"): dict(prompts="imagenet-animals"),
-    ("ddpo", "aesthetic"): dict(updates=2),
+    ("ddpo", "compress"): dict(prompts="imagenet-animals"), ("ddpo", "aesthetic"): dict(updates=2),
     ("ddpo", "align"): dict(updates=2, prompts="animals-activities"),
 }
 
@@ -162,8 +156,7 @@ def resolve(cfg):
         (cfg.lcm_lora and cfg.method != "rlcm", "--lcm-lora makes a consistency model: it goes with --method rlcm"),
         (cfg.log_with and not find_spec(cfg.log_with), f"--log-with {cfg.log_with}: not installed here; pip install {cfg.log_with}"),
         (cfg.precision == "fp16" and not torch.cuda.is_available(), "--precision fp16 needs a GPU: take bf16 or fp32"),
-        (cfg.steps == 1, "--steps 1: a single evaluation has no random transition to reinforce; between 2 and 50"),
-        (not 2 <= cfg.steps <= 50, f"--steps {cfg.steps}: between 2 and 50 evaluations"),
+        (not 2 <= cfg.steps <= 50, f"--steps {cfg.steps}: between 2 and 50 evaluations; a single one has no random transition to reinforce"),
     ):
         if wrong:
             raise BadInput(message)
@@ -183,8 +176,7 @@ def say(line):
 def rlcm_schedule(scheduler, steps, device):
     """Constants of the model's own LCMScheduler: of each evaluation t, ab, c_skip, c_out (H,); of each action ab_next, std (T,)."""
     scheduler.set_timesteps(steps)
-    t = scheduler.timesteps
-    ab = scheduler.alphas_cumprod[t]
+    t, ab = scheduler.timesteps, scheduler.alphas_cumprod[scheduler.timesteps]
     c_skip, c_out = scheduler.get_scalings_for_boundary_condition_discrete(t)  # LCM, appendix
     return on(device, t=t, ab=ab, c_skip=c_skip, c_out=c_out, ab_next=ab[1:], std=(1 - ab[1:]).sqrt())
 
@@ -201,8 +193,8 @@ def ddpo_schedule(scheduler, steps, device):
 def score_schedule(scheduler, steps, device):
     """Real times of the reverse SDE, of each of T = H actions: t, ab (T,) and std (T,), std^2 = integral of beta over the step.
 
-    In the forward SDE dX = -1/2 beta X dt + sqrt(beta) dB the integral of beta from 0 to t is -log ab(t); it is read off the model's
-    schedule, linear between the scheduler's timesteps. The grid's steps shrink towards the data, where the last one's noise stays in the picture.
+    In the forward SDE dX = -1/2 beta X dt + sqrt(beta) dB the integral of beta from 0 to t is -log ab(t): the model's schedule, linear
+    between its timesteps. Steps shrink towards the data, where the last one's noise stays in the picture.
     """
     integral = -scheduler.alphas_cumprod.double().log()  # of beta, at t = 0 .. 999
     grid = integral[0] + (integral[-1] - integral[0]) * torch.linspace(1, 0, steps + 1).double() ** 3
@@ -272,9 +264,9 @@ METHODS = {  # schedule, policy, readout
 def rollout(model, method, s, c, z, micro_batch, reference=False, on_pictures=None):
     """Sample B trajectories from noise z, in micro-batches.
 
-    z (T+1, B, C, h, w): z[0] is x_0, z[k+1] the noise of action k. c (B, L, E). `on_pictures(images, slice)` is called as soon as a
-    micro-batch is decoded, before the next one is sampled. Returns x (T+1, B, C, h, w); mean (T, B, C, h, w); log_p (T, B);
-    mean_pre (T, B, C, h, w) and kl (T, B) against the pretrained model, or None and zeros; all float32.
+    z (T+1, B, C, h, w): z[0] is x_0, z[k+1] the noise of action k. c (B, L, E). `on_pictures(images, slice)` gets a micro-batch before the
+    next is sampled. Returns x (T+1, B, C, h, w), mean (T, B, C, h, w), log_p (T, B) and, against the pretrained model, mean_pre
+    (T, B, C, h, w) and kl (T, B), or None and zeros; all float32.
     """
     _, policy, readout = METHODS[method]
     T, B, random = len(z) - 1, len(c), (s.std > 0).tolist()
@@ -364,8 +356,7 @@ def update(model, cfg, accelerator, optimizer, s, c, roll, advantage, scale, ski
     policy, B, D = METHODS[cfg.method][1], roll.log_p.shape[1], roll.x[0, 0].numel()
     random = s.std > 0  # an action without noise has no density: it is left out
     T, n = int(random.sum()), B // cfg.updates  # actions of a picture, pictures of one optimizer step
-    m = micro_batch_of(cfg, n)
-    stats, drift, norms = [], [], []
+    m, stats, drift, norms = micro_batch_of(cfg, n), [], [], []
     for u in range(cfg.updates):
         b = slice(u * n, (u + 1) * n)
         flat = lambda v: v[random][:, b].flatten(0, 1)  # (T, B, ...) -> (T * n, ...)
@@ -511,22 +502,6 @@ def load_checkpoint(folder):
     return {"history": {}, "rows": []}
 
 
-def save_weights(pipe, folder):
-    """What was trained, for diffusers: pytorch_lora_weights.safetensors for `pipe.load_lora_weights(folder)`, alpha included, or unet/; atomic."""
-    from diffusers.training_utils import _collate_lora_metadata
-    from peft.utils import get_peft_model_state_dict
-
-    aside, name = folder / ".saving", "pytorch_lora_weights.safetensors" if hasattr(pipe.unet, "peft_config") else "unet"
-    shutil.rmtree(aside, ignore_errors=True)
-    if name == "unet":
-        pipe.unet.save_pretrained(aside / name)
-        shutil.rmtree(folder / name, ignore_errors=True)
-    else:
-        type(pipe).save_lora_weights(aside, unet_lora_layers=get_peft_model_state_dict(pipe.unet), **_collate_lora_metadata({"unet": pipe.unet}))
-    os.replace(aside / name, folder / name)
-    aside.rmdir()
-
-
 def read_config(folder):
     """config.json of a run directory as a Config. Raises BadInput."""
     try:
@@ -549,9 +524,8 @@ def resumed(cfg):
 def train(cfg, stop=()):
     """Train as `cfg` says, or until the epoch in which `stop` becomes true; returns the run directory, a Path. Raises BadInput."""
     from accelerate import Accelerator
-    from bench.figures import curves, draw, likeness, sample_grid
+    from bench.figures import curves, draw, likeness, save_samples, save_weights
     from tqdm import tqdm
-
     cfg = resolve(cfg)
     reward_fn, prompts = get_reward(cfg.reward, cfg.model), get_prompts(cfg.prompts)
     out = Path(cfg.out or f"runs/{cfg.method}-{cfg.reward.split('/')[-1].replace(':', '-')}-{cfg.seed}-{time.strftime('%m%d-%H%M%S')}")
@@ -565,7 +539,6 @@ def train(cfg, stop=()):
     history, rows = state["history"], state["rows"]
     if len(rows) >= cfg.epochs:
         raise BadInput(f"{out} already has {len(rows)} epochs: give more --epochs to go on")
-
     model = load_model(cfg, device)
     s = METHODS[cfg.method][0](model.pipe.scheduler, cfg.steps, device)
     trained = {name: p for name, p in model.unet.named_parameters() if p.requires_grad}
@@ -576,21 +549,15 @@ def train(cfg, stop=()):
         parts["V"], parts["V_optimizer"] = accelerator.prepare(V, torch.optim.Adam(V.parameters(), 1e-3))
     embedding, T, mine = model.encode(prompts), len(s.std), cfg.batch_size // P
     share = slice(rank * mine, (rank + 1) * mine)  # of the batch, for this process
-
     shown = (prompts * 16)[:16]  # the sample grid: the same prompts and the same noise every time
     first = draw(model, cfg, shown)
     r = reward_fn(first, shown)  # a reward that does not work shows here, before anything is written
-
-    def save_samples(epoch, images, r):
-        title = f"epoch {epoch}: reward {r.mean():.3f}, likeness to epoch 0 {likeness(images, first):.2f}"
-        sample_grid([images], [[f"{p}  {v:.2f}" for p, v in zip(shown, r)]], out / "samples" / f"epoch-{epoch:04d}.png", title)
-
     if leader:
         (out / "samples").mkdir(parents=True, exist_ok=True)
         versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft", "accelerate", "pillow", "numpy")}
         with aside(out / "config.json") as f:
             json.dump({**asdict(replace(cfg, resume=None)), "processes": P, "versions": versions}, f, indent=1)
-        save_samples(0, first, r)
+        save_samples(out, 0, first, first, shown, r)
     accelerator.init_trackers("rlcm", {name: str(value) for name, value in asdict(cfg).items()})
     if rows:
         for name, part in parts.items():
@@ -634,7 +601,7 @@ def train(cfg, stop=()):
         if leader:
             save_metrics(rows, out / "metrics.csv")
         if leader and save:
-            save_samples(epoch, images, reward_fn(images, shown))
+            save_samples(out, epoch, images, first, shown, reward_fn(images, shown))
             save_weights(model.pipe, out)
             curves([out], out / "reward.png")
         if leader and (save or stopping.any()):
@@ -651,10 +618,8 @@ def train(cfg, stop=()):
 
 def main(argv=None):
     from transformers import HfArgumentParser
-
     def refuse(message):
         raise BadInput(f"{message} (--help lists the flags)")
-
     def interrupt(*_):  # the first Ctrl-C ends the epoch and saves, the second ends at once
         stop.append(True)
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -405,15 +405,19 @@ def test_an_lcm_lora_makes_a_diffusion_model_a_consistency_model_and_stays_under
     assert float(rows[0]["path_kl"]) == 0 < float(rows[1]["path_kl"]) and float(rows[0]["ratio_drift"]) == 0
 
 
-def test_half_precision_trains_a_float32_adapter_with_the_same_arithmetic_in_rollout_and_update(tmp_path):
+@pytest.mark.parametrize("rank", [4, 0])
+def test_half_precision_trains_float32_weights_with_the_same_arithmetic_in_rollout_and_update(rank, tmp_path):
     from accelerate.state import AcceleratorState
     AcceleratorState._reset_state()  # one process has one precision
-    out = rlcm.train(Config(**{**SMALL, "precision": "bf16", "kl": 0.01}, out=str(tmp_path / "run")))
+    out = rlcm.train(Config(**{**SMALL, "precision": "bf16", "kl": 0.01}, lora_rank=rank, out=str(tmp_path / "run")))
     AcceleratorState._reset_state()
     from safetensors.torch import load_file
-    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in load_file(out / "pytorch_lora_weights.safetensors").values())
+    saved = load_file(out / ("pytorch_lora_weights.safetensors" if rank else "unet/diffusion_pytorch_model.safetensors"))
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in saved.values())
     rows = metrics(out)
-    assert [float(row["ratio_drift"]) for row in rows] == [0.0, 0.0] and float(rows[0]["path_kl"]) == 0 < float(rows[1]["path_kl"])
+    assert [float(row["ratio_drift"]) for row in rows] == [0.0, 0.0] and float(rows[1]["path_kl"]) > float(rows[0]["path_kl"])
+    assert float(rows[0]["path_kl"]) == 0 or not rank  # a copied reference runs outside autocast
+    assert rlcm.main(["--sample", "a cat", "--load", str(out)]) is None and (out / "sample.png").exists()
 
 
 def test_trackers_are_given_metrics_and_pictures(tmp_path, monkeypatch):

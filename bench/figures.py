@@ -1,12 +1,14 @@
-"""What people look at: sample grids, reward curves, pictures and tables of a finished run.
+"""What people look at and take away: sample grids, reward curves, tables, and the trained weights in diffusers' layout.
 
-    every run                                        calls `draw`, `sample_grid`, `likeness` and `curves` as it saves
+    every run                                        calls `draw`, `save_samples`, `save_weights` and `curves` as it saves
     python rlcm.py --sample "a cat" --load runs/A    calls `sample`
     python rlcm.py --evaluate runs/A                 calls `evaluate`
     python rlcm.py --plot runs/A runs/B ...          calls `curves`
 """
 import csv
 import itertools
+import os
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -69,6 +71,12 @@ def likeness(images, first):
     return float(((a * b).sum(1) / norm.clamp(min=1e-6) * (a.std(1) > 0.02)).mean())
 
 
+def save_samples(run, epoch, images, first, prompts, r):
+    """The sample grid of an epoch, prompts and rewards (B,) below the pictures; `first`: the same ones at epoch 0."""
+    title = f"epoch {epoch}: reward {r.mean():.3f}, likeness to epoch 0 {likeness(images, first):.2f}"
+    sample_grid([images], [[f"{p}  {v:.2f}" for p, v in zip(prompts, r)]], run / "samples" / f"epoch-{epoch:04d}.png", title)
+
+
 def plot(cfg):
     """--plot: the curves of several runs in one figure."""
     path = cfg.out or "plot.png"
@@ -107,6 +115,22 @@ def curves(runs, path):
     plt.close(figure)
 
 
+def save_weights(pipe, folder):
+    """What was trained, for diffusers: pytorch_lora_weights.safetensors for `pipe.load_lora_weights(folder)`, alpha included, or unet/; atomic."""
+    from diffusers.training_utils import _collate_lora_metadata
+    from peft.utils import get_peft_model_state_dict
+
+    aside, name = folder / ".saving", "pytorch_lora_weights.safetensors" if hasattr(pipe.unet, "peft_config") else "unet"
+    shutil.rmtree(aside, ignore_errors=True)
+    if name == "unet":
+        pipe.unet.save_pretrained(aside / name)
+        shutil.rmtree(folder / name, ignore_errors=True)
+    else:
+        type(pipe).save_lora_weights(aside, unet_lora_layers=get_peft_model_state_dict(pipe.unet), **_collate_lora_metadata({"unet": pipe.unet}))
+    os.replace(aside / name, folder / name)
+    aside.rmdir()
+
+
 def load_weights(model, run):
     """Put the trained weights of a run directory into a freshly loaded model. Raises BadInput."""
     try:
@@ -124,7 +148,8 @@ def settings_of(run, cfg):
     saved = rlcm.read_config(run)
     if not any((Path(run) / name).exists() for name in ("pytorch_lora_weights.safetensors", "unet")):
         raise BadInput(f"no weights in {run} yet: the run saves them every --save-every epochs")
-    return rlcm.resolve(replace(saved, steps=cfg.steps or saved.steps, guidance=saved.guidance if cfg.guidance is None else cfg.guidance, kl=0.0))
+    return rlcm.resolve(replace(saved, steps=cfg.steps or saved.steps, guidance=saved.guidance if cfg.guidance is None else cfg.guidance, kl=0.0,
+                                precision=saved.precision if saved.lora_rank else "fp32"))  # weights trained in full are float32
 
 
 def sample(cfg):
