@@ -128,7 +128,7 @@ DDPO = dict(steps=50, epochs=100, batch_size=256, micro_batch=2, updates=4, lr=3
 PRESETS = {  # (model, method): ours for the embedded models, the papers' for the real ones
     ("tiny", "rlcm"): OURS | dict(steps=4, epochs=64, lr=1.2e-3, kl=0.0028, guidance=6.0),
     ("tiny", "ddpo"): OURS | dict(steps=5, epochs=40, lr=3e-3, kl=0.001, guidance=3.0),
-    ("tiny", "score"): OURS | dict(steps=6, epochs=24, lr=5e-3, kl=0.004, guidance=3.0),
+    ("tiny", "score"): OURS | dict(steps=6, epochs=36, lr=5e-3, kl=0.004, guidance=3.0),
     ("real", "rlcm"): RLCM, ("real", "ddpo"): DDPO, ("real", "score"): DDPO,
 }
 PAPER = {  # --paper: (method, reward), what differs from the lines above; RLCM's four GPUs as one batch; incompress as compress
@@ -527,7 +527,7 @@ def train(cfg, stop=()):
     from bench.figures import curves, draw, likeness, save_samples, save_weights
     from tqdm import tqdm
     cfg = resolve(cfg)
-    reward_fn, prompts = get_reward(cfg.reward, cfg.model), get_prompts(cfg.prompts)
+    reward_fn, prompts = get_reward(cfg.reward), get_prompts(cfg.prompts)
     out = Path(cfg.out or f"runs/{cfg.method}-{cfg.reward.split('/')[-1].replace(':', '-')}-{cfg.seed}-{time.strftime('%m%d-%H%M%S')}")
     accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(cfg.precision, cfg.precision), log_with=cfg.log_with, project_dir=out)
     P, rank, device, leader = accelerator.num_processes, accelerator.process_index, accelerator.device, accelerator.is_main_process

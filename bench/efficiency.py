@@ -106,7 +106,7 @@ def breakdown(cfg, out):
     get_reward = rlcm.get_reward
     changed = {"rollout": timed(rlcm.rollout, "rollout"), "update": timed(rlcm.update, "update"), "load_model": load_model,
                "actor_critic": timed(rlcm.actor_critic, "value"), "save_metrics": timed(rlcm.save_metrics, "logging"),
-               "get_reward": lambda *name: timed(get_reward(*name), "reward", "rollout")}
+               "get_reward": lambda name: timed(get_reward(name), "reward", "rollout")}
     before, draw = {name: getattr(rlcm, name) for name in changed}, figures.draw
     try:
         vars(rlcm).update(changed)

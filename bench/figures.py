@@ -176,7 +176,7 @@ def evaluate(cfg):
 
     run, held_out = Path(cfg.evaluate), get_prompts(cfg.eval_prompts)
     cfg = settings_of(run, cfg)
-    H, reward_fn = cfg.steps, get_reward(cfg.reward, cfg.model)
+    H, reward_fn = cfg.steps, get_reward(cfg.reward)
     sets = {"training": get_prompts(cfg.prompts), "held-out": held_out}
     model = rlcm.load_model(cfg, "cuda" if torch.cuda.is_available() else "cpu")
     samplers = [(cfg.method, n) for n in (STEPS["lcm"] if cfg.method == "rlcm" else sorted({H // 2, H, 2 * H, *STEPS["diffusion"]}))]
@@ -199,14 +199,15 @@ def evaluate(cfg):
             rows.append({"sampler": sampler, "steps": n, "weights": weights, "prompts": name, "reward": r.mean().item(), "standard_error": (r.std() / len(r) ** 0.5).item()})
             rlcm.say(f"{sampler:>12} {n:5d}  {weights:7} {name:8} {rows[-1]['reward']:8.3f} {rows[-1]['standard_error']:6.3f}")
     rlcm.save_metrics(rows, run / "evaluation.csv")
-    figure, axis = pyplot().subplots(figsize=(6, 3.8), layout="constrained")
+    figure, axis = pyplot().subplots(figsize=(8, 3.8), layout="constrained")
     for label in dict.fromkeys((row["sampler"], row["weights"], row["prompts"]) for row in rows):
         part = [row for row in rows if (row["sampler"], row["weights"], row["prompts"]) == label]
         axis.errorbar([row["steps"] for row in part], [row["reward"] for row in part], [row["standard_error"] for row in part], label=", ".join(label), capsize=3,
                       marker="x" if label[0] == "dpm-solver++" else "o", linestyle="-" if label[2] == "training" else "--", color="C0" if label[1] == "base" else "C1")
     axis.set(xlabel="evaluations of the model for one picture", ylabel=f"reward: {cfg.reward}", xscale="log")
     axis.set_xticks([n for _, n in samplers], [str(n) for _, n in samplers])
-    axis.legend(fontsize=7, frameon=False)
+    axis.minorticks_off()
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     figure.savefig(run / "evaluation.png", dpi=120)
     rlcm.say(f"wrote {run}/evaluation.csv and {run}/evaluation.png")
     return rows

@@ -33,7 +33,7 @@ def blank(pictures):
 def measure(model, cfg, captions, data):
     pictures, animals = figures.draw(model, cfg, captions), figures.draw(model, cfg, rewards.ANIMALS)
     accuracy = (make_tiny.nearest_accuracy(p, c, *data) for p, c in ((pictures, captions), (animals, rewards.ANIMALS)))
-    return *accuracy, blank(torch.cat([pictures, animals])), float(rewards.get_reward(cfg.reward, "tiny")(pictures, captions).mean())
+    return *accuracy, blank(torch.cat([pictures, animals])), float(rewards.get_reward(cfg.reward)(pictures, captions).mean())
 
 
 def learned(run):
