@@ -876,7 +876,7 @@ def test_resume_is_the_uninterrupted_run_bit_for_bit(tmp_path):
 def test_the_diffusion_methods_learn(method, tmp_path):
     """A reward that few pictures suffice for: darkness."""
     (tmp_path / "mine.py").write_text("def dark(images, prompts):\n    return -images.mean((1, 2, 3))\n")
-    out = rlcm.train(Config(model="tiny", method=method, reward=f"{tmp_path}/mine.py:dark", steps=4, epochs=8, batch_size=16, micro_batch=16, lr=0.01, kl=0.0, save_every=100, out=str(tmp_path / "run")))
+    out = rlcm.train(Config(model="tiny", method=method, reward=f"{tmp_path}/mine.py:dark", steps=4, epochs=10, batch_size=24, micro_batch=24, lr=0.01, kl=0.0, save_every=100, out=str(tmp_path / "run")))
     rows = metrics(out)
     r = [float(row["reward_mean"]) for row in rows]
     assert all(float(row["ratio_drift"]) == 0.0 for row in rows)
