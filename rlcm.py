@@ -128,7 +128,7 @@ DDPO = dict(steps=50, epochs=100, batch_size=256, micro_batch=2, updates=4, lr=3
 PRESETS = {  # (model, method): ours for the embedded models, the papers' for the real ones
     ("tiny", "rlcm"): OURS | dict(steps=4, epochs=64, lr=1.2e-3, kl=0.0028, guidance=6.0),
     ("tiny", "ddpo"): OURS | dict(steps=5, epochs=40, lr=3e-3, kl=0.001, guidance=3.0),
-    ("tiny", "score"): OURS | dict(steps=6, epochs=36, lr=5e-3, kl=0.004, guidance=3.0),
+    ("tiny", "score"): OURS | dict(steps=6, epochs=20, lr=5e-3, kl=0.0025, guidance=3.0),
     ("real", "rlcm"): RLCM, ("real", "ddpo"): DDPO, ("real", "score"): DDPO,
 }
 PAPER = {  # --paper: (method, reward), what differs from the lines above; RLCM's four GPUs as one batch; incompress as compress
