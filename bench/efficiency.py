@@ -2,14 +2,14 @@
 
     python bench/efficiency.py                                # rlcm and ddpo, default batch, embedded model
     python bench/efficiency.py --batch-sizes 8 16 32 64       # is it flat?
-    python bench/efficiency.py --methods rlcm score --rounds 5
+    python bench/efficiency.py --methods rlcm score --epochs 20
 
-epoch       wall-clock of an epoch of `rlcm.train`, read off its metrics.csv: prompts, noise, rollout, reward, advantages, update, metrics
+epoch       wall-clock of an epoch inside `rlcm.train`: prompts, noise, rollout, reward, advantages, update, metrics
 bare        the same passes of the same network on fixed inputs and nothing else: forwards of the rollout, with and without the adapter,
             forwards and backwards of the update, VAE decodes, one optimizer step; same batch, micro-batch, dtype, device
-efficiency  bare / epoch. Rounds alternate between the two, so that the machine's noise hits both; medians are shown.
+efficiency  bare / epoch. After each epoch the bare loop runs once, so that the machine's noise hits both: median of the ratios of such pairs.
 
-The breakdown comes from one more instrumented round: rollout without its decodes and rewards, update, decode, reward, logging, rest.
+The breakdown comes from another, instrumented run: rollout without its decodes and rewards, update, decode, reward, logging, rest.
 """
 import argparse
 import csv
@@ -27,20 +27,28 @@ import torch
 import rlcm
 from bench import figures
 
-EPOCHS = 3  # of a round; the first is not counted
-
-
 def synchronize():
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def epochs(cfg, out, n):
-    """Seconds of each of n more epochs of the run `out`."""
-    old = len(list(csv.DictReader(open(out / "metrics.csv")))) if (out / "metrics.csv").exists() else 0
-    rlcm.train(rlcm.replace(rlcm.read_config(out), resume=str(out), out=str(out), epochs=old + n) if old else rlcm.replace(cfg, out=str(out), epochs=n))
-    seconds = [0.0] + [float(row["seconds"]) for row in csv.DictReader(open(out / "metrics.csv"))]
-    return [b - a for a, b in zip(seconds[old:], seconds[old + 1 :])]
+def pairs(cfg, out, bare, n):
+    """A run of n + 1 epochs with the bare loop after each: seconds of the n epochs behind the first, and of their bare loops."""
+    clock, save_metrics = [], rlcm.save_metrics
+
+    def save_and_run_bare(*args):  # the last thing an epoch does
+        save_metrics(*args)
+        clock.append(time.perf_counter())
+        bare()
+        clock.append(time.perf_counter())
+
+    rlcm.save_metrics = save_and_run_bare
+    try:
+        rlcm.train(rlcm.replace(cfg, out=str(out), epochs=n + 1))
+    finally:
+        rlcm.save_metrics = save_metrics
+    seconds = [b - a for a, b in zip(clock[1:], clock[2:])]
+    return seconds[0::2], seconds[1::2]
 
 
 def bare_epoch(cfg, model, optimizer):
@@ -79,8 +87,8 @@ def bare_epoch(cfg, model, optimizer):
     return epoch
 
 
-def breakdown(cfg, out):
-    """Seconds of the parts of an epoch, timed inside the program: a Counter, rollout without its decodes and rewards."""
+def breakdown(cfg, out, n=3):
+    """Seconds of the parts of an epoch, mean of n, timed inside the program: a Counter, rollout without its decodes and rewards."""
     spent, inside, load = Counter(), [], rlcm.load_model
 
     def timed(fn, part, within=""):
@@ -106,26 +114,27 @@ def breakdown(cfg, out):
     get_reward = rlcm.get_reward
     changed = {"rollout": timed(rlcm.rollout, "rollout"), "update": timed(rlcm.update, "update"), "load_model": load_model,
                "actor_critic": timed(rlcm.actor_critic, "value"), "save_metrics": timed(rlcm.save_metrics, "logging"),
-               "get_reward": lambda name: timed(get_reward(name), "reward", "rollout")}
+               "get_reward": lambda *name: timed(get_reward(*name), "reward", "rollout")}
     before, draw = {name: getattr(rlcm, name) for name in changed}, figures.draw
     try:
         vars(rlcm).update(changed)
         figures.draw = timed(draw, "draw")
-        seconds = sum(epochs(cfg, out, EPOCHS))
+        rlcm.train(rlcm.replace(cfg, out=str(out), epochs=n))
+        seconds = float(list(csv.DictReader(open(out / "metrics.csv")))[-1]["seconds"])
     finally:
         vars(rlcm).update(before)
         figures.draw = draw
     del spent["draw"]
     spent["rollout"] -= spent["decode"] + spent["reward"]
     spent["rest"] = seconds - sum(spent.values())
-    return {part: value / EPOCHS for part, value in spent.items()}
+    return {part: value / n for part, value in spent.items()}
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--methods", nargs="+", default=["rlcm", "ddpo"], choices=list(rlcm.METHODS))
     p.add_argument("--batch-sizes", nargs="+", type=int, default=[None], help="default: the preset's")
-    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--epochs", type=int, default=8)
     p.add_argument("--model", default="tiny")
     args = p.parse_args()
     results = {}
@@ -136,18 +145,12 @@ def main():
                 out = Path(folder) / f"{method}-{cfg.batch_size}"
                 model = rlcm.load_model(cfg, "cuda" if torch.cuda.is_available() else "cpu")
                 bare = bare_epoch(cfg, model, torch.optim.Adam([q for q in model.unet.parameters() if q.requires_grad], 0.0))
-                ours, network = [], []
-                for i in range(args.rounds):
-                    ours += epochs(cfg, out, EPOCHS)[1:]
-                    for j in range(EPOCHS):
-                        start = time.perf_counter()
-                        bare()
-                        network += [time.perf_counter() - start] if j else []
+                ours, network = pairs(cfg, out, bare, args.epochs)
                 parts = breakdown(cfg, Path(folder) / f"parts-{method}-{cfg.batch_size}")
                 a, b = statistics.median(ours), statistics.median(network)
-                results[method, cfg.batch_size] = b / a
+                ratio = results[method, cfg.batch_size] = statistics.median(y / x for x, y in zip(ours, network))
                 print(f"{method}, {cfg.batch_size} pictures, micro-batch {cfg.micro_batch}, {cfg.steps} steps: epoch {a:.2f} s ({min(ours):.2f} to {max(ours):.2f}), "
-                      f"bare {b:.2f} s ({min(network):.2f} to {max(network):.2f}), efficiency {b / a:.2f}", flush=True)
+                      f"bare {b:.2f} s ({min(network):.2f} to {max(network):.2f}), efficiency {ratio:.2f}", flush=True)
                 print("    " + "   ".join(f"{part} {value:.3f}" for part, value in parts.items()), flush=True)
     print(f"efficiency {min(results.values()):.2f}")  # the lowest of those above
 

@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import torch
 
+import rlcm
+
 SETTINGS = {"fp32": ["fp32"], "fp32+low": ["fp32", "low"], "bf16": ["bf16"], "bf16+low": ["bf16", "low"], "fp16": ["fp16"], "fp16+low": ["fp16", "low"]}
 
 
@@ -33,6 +35,8 @@ def make(folder, pixels=512):
     """A pipeline of the full size with random weights, in bf16 on the disk (2.1 GB)."""
     from diffusers import AutoencoderKL, LatentConsistencyModelPipeline, LCMScheduler, UNet2DConditionModel
     from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
+    from transformers.utils import logging
+    logging.disable_progress_bar()
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     unet = UNet2DConditionModel(sample_size=pixels // 8, cross_attention_dim=768, attention_head_dim=8, time_cond_proj_dim=256)
@@ -50,10 +54,8 @@ def make(folder, pixels=512):
 
 
 def work(folder, precision, low, B, device):
-    """Measure one setting: rollout and update of B pictures, twice, the second counts."""
+    """Measure one setting: rollout and update of B pictures, on a GPU twice, where the second counts."""
     from accelerate import Accelerator
-
-    import rlcm
     cfg = rlcm.resolve(rlcm.Config(model=folder, precision=precision, low_memory=low, steps=4, batch_size=B, kl=0.0))
     accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(precision, precision), cpu=device == "cpu")
     model = rlcm.load_model(cfg, accelerator.device)
