@@ -39,6 +39,7 @@ HUB = {  # hub ids, or folders, of the models behind the rewards
     "llava": "llava-hf/llava-1.5-7b-hf",
     "bert": "microsoft/deberta-xlarge-mnli",
 }
+TINY_CLIP = str(Path(__file__).resolve().parent / "tiny" / "clip")
 BERT_LAYER, BERT_RECALL = 40, 0.5170288  # bert-score 0.3.13 for this encoder: best layer; mean recall of unrelated English sentences there
 ROOM = 6.0  # GiB of GPU memory that a reward's model leaves to the training, or goes
 
@@ -133,12 +134,12 @@ def clip_embed(images, prompts, source, processor):
         return F.normalize(out.image_embeds.float(), dim=1), F.normalize(out.text_embeds.float(), dim=1), model.logit_scale.float().exp()
 
 
-def clip(images, prompts):
+def clip(images, prompts, source=None):
     """CLIPScore, 2.5 max(cos, 0) of picture and prompt: 0 to 2.5
 
     Hessel et al. 2021, arXiv 2104.08718, but the prompt as it stands, without their prefix "A photo depicts".
     """
-    picture, prompt, _ = clip_embed(images, prompts, HUB["clip"], HUB["clip"])
+    picture, prompt, _ = clip_embed(images, prompts, source or HUB["clip"], source or HUB["clip"])
     return 2.5 * (picture * prompt).sum(1).clamp(min=0)
 
 
@@ -215,13 +216,13 @@ HELP = "; ".join(f"{name}: {fn.__doc__.splitlines()[0]}" for name, fn in REWARDS
 HELP += "; path/to/file.py:function; or a sum with weights, aesthetic:1,compress:0.05"
 
 
-def get_reward(name):
-    """Reward function of that name, or weighted sum of several. Raises BadInput."""
-    terms = [get_term(part.strip(), name) for part in name.split(",")]
+def get_reward(name, model=None):
+    """Reward function of that name, or weighted sum of several. With model "tiny", `clip` is the embedded model's own CLIP. Raises BadInput."""
+    terms = [get_term(part.strip(), name, model) for part in name.split(",")]
     return lambda images, prompts: sum(term(images, prompts) for term in terms)
 
 
-def get_term(part, whole):
+def get_term(part, whole, model):
     """One part of a sum, `reward` or `reward:weight`, checked on every call: shape (B,), real numbers, finite. Raises BadInput."""
     name, _, weight = part.rpartition(":")
     if name not in REWARDS and ".py:" not in name:
@@ -229,7 +230,7 @@ def get_term(part, whole):
     if not part:
         raise BadInput(f"an empty part in the reward {whole!r}: write a sum as aesthetic:1,compress:0.05")
     if name in REWARDS:
-        fn = REWARDS[name]
+        fn = functools.partial(clip, source=TINY_CLIP) if (name, model) == ("clip", "tiny") else REWARDS[name]
     elif ".py:" in name:
         fn = load_function(*name.rsplit(":", 1))
     else:

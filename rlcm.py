@@ -125,7 +125,7 @@ RLCM = dict(steps=4, epochs=1000, batch_size=16, micro_batch=2, updates=1, lr=1e
             buffer_size=16, min_count=16, adv_clip=10.0, max_grad_norm=5.0)
 DDPO = dict(steps=50, epochs=100, batch_size=256, micro_batch=2, updates=4, lr=3e-4, kl=0.0, guidance=5.0, lora_rank=4, lora_alpha=4,
             buffer_size=16, min_count=16, adv_clip=5.0, max_grad_norm=1.0)
-PRESETS = {  # (model, method): ours for the embedded models, the papers' for the real ones
+PRESETS = {  # (model, method): ours for the embedded models, the papers' for the real ones, but RLCM in four steps
     ("tiny", "rlcm"): OURS | dict(steps=4, epochs=64, lr=1.2e-3, kl=0.0028, guidance=6.0),
     ("tiny", "ddpo"): OURS | dict(steps=5, epochs=40, lr=3e-3, kl=0.001, guidance=3.0),
     ("tiny", "score"): OURS | dict(steps=6, epochs=20, lr=5e-3, kl=0.0025, guidance=3.0),
@@ -402,10 +402,11 @@ def load_model(cfg, device):
     from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler
     from diffusers.training_utils import cast_training_params
     from diffusers.utils import logging
+    from huggingface_hub.utils import enable_progress_bars
     from peft import LoraConfig
     from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar(), transformers_logging.disable_progress_bar()
+    logging.disable_progress_bar(), transformers_logging.disable_progress_bar(), enable_progress_bars()  # none for loading, but one for a download
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.precision]
     path = str(Path(__file__).resolve().parent / "tiny" / TINY[cfg.method]) if cfg.model == "tiny" else cfg.model
     try:
@@ -433,8 +434,7 @@ def load_model(cfg, device):
         pipe.unet.enable_gradient_checkpointing(), pipe.vae.enable_slicing()
 
     m = SimpleNamespace(pipe=pipe, unet=pipe.unet, shape=(pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size))
-    dim = pipe.unet.config.time_cond_proj_dim
-    if dim:  # an LCM's network takes the guidance scale as an input (LCM, section 4.2); w = guidance - 1 in that paper's formula
+    if dim := pipe.unet.config.time_cond_proj_dim:  # an LCM's network takes the guidance scale as an input (LCM, section 4.2); w = guidance - 1 in that paper's formula
         w = pipe.get_guidance_scale_embedding(torch.tensor([cfg.guidance - 1.0]), dim).to(device, dtype)
 
     def network(x, t, c, unet=None):
@@ -527,7 +527,7 @@ def train(cfg, stop=()):
     from bench.figures import curves, draw, likeness, save_samples, save_weights
     from tqdm import tqdm
     cfg = resolve(cfg)
-    reward_fn, prompts = get_reward(cfg.reward), get_prompts(cfg.prompts)
+    reward_fn, prompts = get_reward(cfg.reward, cfg.model), get_prompts(cfg.prompts)
     out = Path(cfg.out or f"runs/{cfg.method}-{cfg.reward.split('/')[-1].replace(':', '-')}-{cfg.seed}-{time.strftime('%m%d-%H%M%S')}")
     accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(cfg.precision, cfg.precision), log_with=cfg.log_with, project_dir=out)
     P, rank, device, leader = accelerator.num_processes, accelerator.process_index, accelerator.device, accelerator.is_main_process

@@ -176,7 +176,7 @@ def evaluate(cfg):
 
     run, held_out = Path(cfg.evaluate), get_prompts(cfg.eval_prompts)
     cfg = settings_of(run, cfg)
-    H, reward_fn = cfg.steps, get_reward(cfg.reward)
+    H, reward_fn = cfg.steps, get_reward(cfg.reward, cfg.model)
     sets = {"training": get_prompts(cfg.prompts), "held-out": held_out}
     model = rlcm.load_model(cfg, "cuda" if torch.cuda.is_available() else "cpu")
     samplers = [(cfg.method, n) for n in (STEPS["lcm"] if cfg.method == "rlcm" else sorted({H // 2, H, 2 * H, *STEPS["diffusion"]}))]

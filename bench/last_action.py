@@ -1,6 +1,6 @@
 """Ablation of RLCM's last action: H evaluations, H - 1 of them followed by noise. What about the last one?
 
-    python bench/last_action.py                                    # seeds 0 1 2, 24 epochs without KL
+    python bench/last_action.py                                    # seeds 0 1 2, 20 epochs without KL
     python bench/last_action.py --reward clip --variants dropped backprop --jobs 2
 
 dropped    as rlcm.py has it: the last evaluation is deterministic and no action
@@ -87,9 +87,9 @@ def work(variant, noise, arguments):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--variants", nargs="+", default=["dropped", "official", "noise"], choices=list(VARIANTS))
-    p.add_argument("--noise", nargs="+", type=float, default=[0.1])
+    p.add_argument("--noise", nargs="+", type=float, default=[0.03, 0.1])
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    p.add_argument("--epochs", default="24")
+    p.add_argument("--epochs", default="20")
     p.add_argument("--kl", default="0")
     p.add_argument("--reward", default="compress")
     p.add_argument("--out", type=Path, help="default runs/last-action-REWARD")

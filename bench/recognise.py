@@ -4,7 +4,8 @@
 
 For 200 fixed captions and fixed noise, drawn at the run's steps and guidance, an LCM's just as a plain diffusers pipeline draws them (a test holds it to that):
 accuracy   share of pictures whose nearest training picture (pixel L2, tiny/pictures.webp) carries the caption
-animals    the same over the 45 animals that training prompts with
+retrieval  share of pictures whose caption is the nearest of all concepts to tiny/clip, which is what --reward clip trains on
+animals    as accuracy, over the 45 animals that training prompts with
 blank      share of pictures in which fewer than 2 % of the pixels differ visibly from the page
 reward     mean of the run's own reward over the 200 pictures
 first, last, gain   of the run's metrics.csv: mean reward of the first and of the last three epochs; difference in initial standard deviations
@@ -32,8 +33,8 @@ def blank(pictures):
 
 def measure(model, cfg, captions, data):
     pictures, animals = figures.draw(model, cfg, captions), figures.draw(model, cfg, rewards.ANIMALS)
-    accuracy = (make_tiny.nearest_accuracy(p, c, *data) for p, c in ((pictures, captions), (animals, rewards.ANIMALS)))
-    return *accuracy, blank(torch.cat([pictures, animals])), float(rewards.get_reward(cfg.reward)(pictures, captions).mean())
+    accuracy = [make_tiny.nearest_accuracy(p, c, *data) for p, c in ((pictures, captions), (animals, rewards.ANIMALS))]
+    return *accuracy, make_tiny.retrieval(pictures, captions, data[1]), blank(torch.cat([pictures, animals])), float(rewards.get_reward(cfg.reward, cfg.model)(pictures, captions).mean())
 
 
 def learned(run):
@@ -48,10 +49,10 @@ def main():
     args = p.parse_args()
     data = make_tiny.training_pictures()
     captions, seen = make_tiny.fixed_captions(data[1]), {}
-    print(f"{'':34s} accuracy  animals  blank    reward     first      last   gain  seconds")
+    print(f"{'':34s} accuracy  animals retrieval  blank    reward     first      last   gain  seconds")
 
     def line(name, row, rest=""):
-        print(f"{name[-34:]:34s} {row[0]:8.3f} {row[1]:8.3f} {row[2]:6.3f} {row[3]:9.3f} {rest}", flush=True)
+        print(f"{name[-34:]:34s} {row[0]:8.3f} {row[1]:8.3f} {row[2]:9.3f} {row[3]:6.3f} {row[4]:9.3f} {rest}", flush=True)
 
     for run in args.runs:
         cfg = figures.settings_of(run, rlcm.Config())

@@ -10,7 +10,8 @@ Stages, each of which checkpoints to `--work` and continues where it was stopped
     vae       AutoencoderKL, 64x64x3 -> 8x8x12: L1 + edge L1 + KL; then its decoder alone
     teacher   CLIP text encoder + U-Net, epsilon prediction with min-SNR weights   (Stable Diffusion, arXiv 2112.10752; 2303.09556)
     lcm       latent consistency distillation with embedded guidance               (LCD, arXiv 2310.04378, Alg. 1)
-    report    nearest-training-picture accuracy and sample grids
+    clip      a small CLIPModel, so that `--reward clip` means something here      (CLIP, arXiv 2103.00020)
+    report    nearest-training-picture accuracy, retrieval accuracy and sample grids
 
 bench/recognise.py measures a run of rlcm.py with the same `nearest_accuracy`, `training_pictures` and `fixed_captions`.
 """
@@ -26,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
@@ -401,6 +403,110 @@ def train_lcm(work, device, vae, teacher, text, tokenizer, batch=32, lr=5e-4):
     return ema.eval()
 
 
+# ---------------------------------------------------------------------------------------------------------------- clip
+def new_clip(labels):
+    """A small CLIPModel over 64x64 pictures and its processor. <eos> has the highest id, where CLIP reads a text's embedding."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import CLIPConfig, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    words = ["<pad>", "<bos>", "<unk>", "a", "an"] + sorted({w for label in labels for w in label.split()} - {"a", "an"}) + ["<eos>"]
+    tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tok.normalizer, tok.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.WhitespaceSplit()
+    tok.post_processor = processors.TemplateProcessing("<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", len(words) - 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tok, model_max_length=MAX_TOKENS, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
+    text = dict(vocab_size=len(words), hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=MAX_TOKENS,
+                pad_token_id=0, bos_token_id=1, eos_token_id=len(words) - 1)
+    vision = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, image_size=64, patch_size=8)
+    pixels = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=96)), CLIPProcessor(image_processor=pixels, tokenizer=tokenizer)
+
+
+CLIP_ROUNDS = (3000, 1500)  # in the second, half of the pictures as `redrawn`, and all of them bent
+
+
+@torch.no_grad()
+def redrawn(pictures, device, copies=4):
+    """What the VAE makes of each picture's latent plus noise of std 0 to 0.8, soft and a little wrong as a model's: (n, 3, 64, 64) -> (copies, n, 3, 64, 64)."""
+    from diffusers import AutoencoderKL
+    vae, g = AutoencoderKL.from_pretrained(HERE / "sd" / "vae", dtype=torch.float32).to(device), torch.Generator().manual_seed(0)
+    z = torch.cat([vae.encode(part.to(device) * 2 - 1).latent_dist.mean.cpu() for part in pictures.split(64)])
+    z = (z + 0.8 * torch.rand(copies, len(z), 1, 1, 1, generator=g) * torch.randn(copies, *z.shape, generator=g)).flatten(0, 1)
+    out = torch.cat([vae.decode(part.to(device)).sample.cpu() for part in z.split(64)])
+    return (out / 2 + 0.5).clamp(0, 1).unflatten(0, (copies, -1))
+
+
+def bent(x, g):
+    """Pictures (B, 3, 64, 64) under a smooth random displacement of up to about 6 pixels."""
+    shift = F.interpolate(0.1 * torch.randn(len(x), 2, 4, 4, generator=g), (64, 64), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+    line = torch.linspace(-1, 1, 64)
+    return F.grid_sample(x, torch.stack(torch.meshgrid(line, line, indexing="xy"), -1) + shift, padding_mode="border", align_corners=True)
+
+
+def disturbed(x, g):
+    """Pictures (B, 3, 64, 64) in [0, 1] as an imperfect model might draw them: mirrored, moved, faded or tinted, blurred, noisy."""
+    B = len(x)
+    x = torch.where(torch.rand(B, 1, 1, 1, generator=g) < 0.5, x.flip(3), x)
+    moves, padded = torch.randint(0, 13, (2, B), generator=g).tolist(), F.pad(x, (6,) * 4, value=1.0)
+    x = torch.stack([p[:, top : top + 64, left : left + 64] for p, top, left in zip(padded, *moves)])
+    blurred = F.interpolate(F.avg_pool2d(x, 4), scale_factor=4, mode="bilinear")
+    x = torch.lerp(x, blurred, 0.8 * torch.rand(B, 1, 1, 1, generator=g))
+    x = 1 - (1 - x) * (1 - 0.6 * torch.rand(B, 3, 1, 1, generator=g) * torch.rand(B, 1, 1, 1, generator=g))
+    return (x + 0.3 * torch.rand(B, 1, 1, 1, generator=g) ** 2 * torch.randn(x.shape, generator=g)).clamp(0, 1)
+
+
+def train_clip(work, device, batch=96, lr=1e-3):
+    """Each picture against the captions of all concepts (CLIP's loss, picture to text, with every caption as a negative)."""
+    pictures, labels = training_pictures()
+    concepts = sorted(set(labels))
+    target_all = torch.tensor([concepts.index(label) for label in labels])
+    torch.manual_seed(0)
+    clip, processor = new_clip(labels)
+    clip.to(device)
+    opt = torch.optim.AdamW(clip.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.05)
+    ema, start, clock, log, steps, copies = copy.deepcopy(clip), 0, time.time(), [], sum(CLIP_ROUNDS), None
+    if state := load_state(work / "clip.pt"):
+        clip.load_state_dict(state["clip"]), ema.load_state_dict(state["ema"]), opt.load_state_dict(state["opt"])
+        start = state["step"]
+    ids = torch.stack([processor.tokenizer(c, padding="max_length", return_tensors="pt").input_ids for c in (concepts, [article(c) for c in concepts])]).to(device)
+    for step in range(start, steps):
+        g = torch.Generator().manual_seed(3 * 10**6 + step)
+        for group in opt.param_groups:
+            (length,), first = phase_at([(n,) for n in CLIP_ROUNDS], step)
+            group["lr"] = lr * min(1, (step - first + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * (step - first) / length))
+        index = torch.randint(len(pictures), (batch,), generator=g)
+        x = pictures[index]
+        if first:
+            copies = redrawn(pictures, device) if copies is None else copies
+            x = bent(torch.cat([x[: batch // 2], copies[torch.randint(len(copies), (batch - batch // 2,), generator=g), index[batch // 2 :]]]), g)
+        wording = ids[torch.randint(2, (len(concepts),), generator=g), torch.arange(len(concepts))]
+        out = clip(pixel_values=disturbed(x, g).to(device) * 2 - 1, input_ids=wording, attention_mask=(wording > 0).long())
+        loss = F.cross_entropy(out.logits_per_image, target_all[index].to(device), label_smoothing=0.05)
+        opt.zero_grad(), loss.backward()
+        torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
+        opt.step()
+        with torch.no_grad():
+            clip.logit_scale.clamp_(max=math.log(20))
+            for a, b in zip(ema.parameters(), clip.parameters()):
+                a.lerp_(b, 1 - min(0.995, (step + 1) / (step + 10)))
+        log.append((out.logits_per_image.argmax(1).cpu() == target_all[index]).float().mean().item())
+        if (step + 1) % 50 == 0 or step + 1 == steps:
+            print(f"clip {step + 1}/{steps}  loss {loss.item():.3f}  retrieval {np.mean(log[-50:]):.3f}  {time.time() - clock:.0f} s", flush=True)
+        if (step + 1) % 250 == 0 or step + 1 == steps:
+            save_state(work / "clip.pt", clip=clip.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step + 1)
+    ema.eval().half().save_pretrained(HERE / "clip"), processor.save_pretrained(HERE / "clip")
+
+
+def retrieval(pictures, captions, labels):
+    """Share of pictures (B, 3, 64, 64) in [0, 1] whose caption is, for tiny/clip, the nearest of all labels. Its processor prepares the pictures."""
+    from transformers import CLIPModel, CLIPProcessor
+    clip, processor, concepts = CLIPModel.from_pretrained(HERE / "clip", dtype=torch.float32), CLIPProcessor.from_pretrained(HERE / "clip"), sorted(set(labels))
+    seen = [Image.fromarray(p) for p in (pictures * 255).round().byte().permute(0, 2, 3, 1).numpy()]
+    with torch.no_grad():
+        best = clip(**processor(text=concepts, images=seen, padding=True, truncation=True, return_tensors="pt")).logits_per_image.argmax(1).tolist()
+    return sum(concepts[b] == c for b, c in zip(best, captions)) / len(captions)
+
+
 # -------------------------------------------------------------------------------------------------------------- export
 def export(vae, text, tokenizer, unet, folder, lcm):
     """Write a diffusers pipeline in fp16 safetensors."""
@@ -453,17 +559,21 @@ GUIDANCE = {"lcm": 6.0, "sd": 3.0}  # of the report, and rlcm.py's presets
 def report(device):
     from diffusers import DiffusionPipeline
     train, labels = training_pictures()
-    captions = fixed_captions(labels)
+    captions, drawn = fixed_captions(labels), {}
     lcm, sd = (DiffusionPipeline.from_pretrained(HERE / name, dtype=torch.float32).to(device) for name in ("lcm", "sd"))
     with torch.no_grad():
         x = train.to(device) * 2 - 1
         y = torch.cat([sd.vae.decode(sd.vae.encode(b).latent_dist.mean).sample for b in x.split(64)])
     numbers = {"pictures": len(labels), "concepts": len(set(labels)), "guidance": GUIDANCE, "vae L1 on [-1, 1]": round(float((y - x).abs().mean()), 4)}
     for name, pipe, steps in (("lcm", lcm, 1), ("lcm", lcm, 2), ("lcm", lcm, 4), ("lcm", lcm, 8), ("sd", sd, 25), ("sd", sd, 50)):
-        pictures = draw(pipe, captions, num_inference_steps=steps, guidance_scale=GUIDANCE[name])
+        pictures = drawn[name, steps] = draw(pipe, captions, num_inference_steps=steps, guidance_scale=GUIDANCE[name])
         numbers[f"{name} {steps} steps"] = round(nearest_accuracy(pictures, captions, train, labels), 3)
         if (name, steps) in (("lcm", 4), ("lcm", 2), ("sd", 50)):
             grid(pictures[:40], 10, HERE / f"{name}-{steps}.png")
+    g = torch.Generator().manual_seed(0)
+    for name, pictures, names in (("clean pictures", train, labels), ("pictures with noise 0.2", (train + 0.2 * torch.randn(train.shape, generator=g)).clamp(0, 1), labels),
+                                  ("lcm 4 steps", drawn["lcm", 4], captions), ("lcm 2 steps", drawn["lcm", 2], captions)):
+        numbers[f"clip retrieval, {name}"] = round(retrieval(pictures, names, labels), 3)
     print(json.dumps(numbers, indent=1))
     (HERE / "report.json").write_text(json.dumps(numbers, indent=1) + "\n")
 
@@ -471,7 +581,7 @@ def report(device):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--work", type=Path, default=HERE / "work", help="downloads and checkpoints (not committed)")
-    p.add_argument("--stage", choices=("all", "report"), default="all")
+    p.add_argument("--stage", choices=("all", "clip", "report"), default="all")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--decoder-steps", type=int, default=1200)
     args = p.parse_args()
@@ -484,6 +594,8 @@ def main():
         export(vae, text, tokenizer, teacher, HERE / "sd", lcm=False)
         student = train_lcm(args.work, args.device, vae, teacher, text, tokenizer)
         export(vae, text, tokenizer, student, HERE / "lcm", lcm=True)
+    if args.stage in ("all", "clip"):
+        train_clip(args.work, args.device)
     report(args.device)
 
 
