@@ -137,7 +137,7 @@ def main():
     p.add_argument("--epochs", type=int, default=8)
     p.add_argument("--model", default="tiny")
     args = p.parse_args()
-    results = {}
+    results, rlcm.say = {}, lambda line: None  # only this script's lines
     with tempfile.TemporaryDirectory() as folder:
         for method in args.methods:
             for B in args.batch_sizes:
@@ -149,7 +149,7 @@ def main():
                 parts = breakdown(cfg, Path(folder) / f"parts-{method}-{cfg.batch_size}")
                 a, b = statistics.median(ours), statistics.median(network)
                 ratio = results[method, cfg.batch_size] = statistics.median(y / x for x, y in zip(ours, network))
-                print(f"{method}, {cfg.batch_size} pictures, micro-batch {cfg.micro_batch}, {cfg.steps} steps: epoch {a:.2f} s ({min(ours):.2f} to {max(ours):.2f}), "
+                print(f"{method}, {cfg.batch_size} pictures, micro-batch {rlcm.micro_batch_of(cfg, cfg.batch_size // cfg.updates)}, {cfg.steps} steps: epoch {a:.2f} s ({min(ours):.2f} to {max(ours):.2f}), "
                       f"bare {b:.2f} s ({min(network):.2f} to {max(network):.2f}), efficiency {ratio:.2f}", flush=True)
                 print("    " + "   ".join(f"{part} {value:.3f}" for part, value in parts.items()), flush=True)
     print(f"efficiency {min(results.values()):.2f}")  # the lowest of those above

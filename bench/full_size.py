@@ -75,7 +75,7 @@ def work(folder, precision, low, B, device):
         end = time.perf_counter()
     assert all(pictures) and log["grad_norm"] > 0 and not log["skipped"]
     peak = torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"rollout": (middle - start) / B, "update": (end - middle) / (B * (cfg.steps - 1)), "ratio_drift": log["ratio_drift"], "peak": peak / 2**30, "micro_batch": cfg.micro_batch}
+    return {"rollout": (middle - start) / B, "update": (end - middle) / (B * (cfg.steps - 1)), "ratio_drift": log["ratio_drift"], "peak": peak / 2**30, "micro_batch": rlcm.micro_batch_of(cfg, B)}
 
 
 def main():

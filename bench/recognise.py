@@ -7,6 +7,7 @@ accuracy   share of pictures whose nearest training picture (pixel L2, tiny/pict
 retrieval  share of pictures whose caption is the nearest of all concepts to tiny/clip, which is what --reward clip trains on
 animals    as accuracy, over the 45 animals that training prompts with
 blank      share of pictures in which fewer than 2 % of the pixels differ visibly from the page
+kB         mean JPEG size of the 200 pictures; compress rewards its negative
 reward     mean of the run's own reward over the 200 pictures
 first, last, gain   of the run's metrics.csv: mean reward of the first and of the last three epochs; difference in initial standard deviations
 """
@@ -34,7 +35,8 @@ def blank(pictures):
 def measure(model, cfg, captions, data):
     pictures, animals = figures.draw(model, cfg, captions), figures.draw(model, cfg, rewards.ANIMALS)
     accuracy = [make_tiny.nearest_accuracy(p, c, *data) for p, c in ((pictures, captions), (animals, rewards.ANIMALS))]
-    return *accuracy, make_tiny.retrieval(pictures, captions, data[1]), blank(torch.cat([pictures, animals])), float(rewards.get_reward(cfg.reward, cfg.model)(pictures, captions).mean())
+    kilobytes = float(rewards.jpeg_kilobytes(pictures).mean())
+    return *accuracy, make_tiny.retrieval(pictures, captions, data[1]), blank(torch.cat([pictures, animals])), kilobytes, float(rewards.get_reward(cfg.reward, cfg.model)(pictures, captions).mean())
 
 
 def learned(run):
@@ -49,10 +51,10 @@ def main():
     args = p.parse_args()
     data = make_tiny.training_pictures()
     captions, seen = make_tiny.fixed_captions(data[1]), {}
-    print(f"{'':34s} accuracy  animals retrieval  blank    reward     first      last   gain  seconds")
+    print(f"{'':34s} accuracy  animals retrieval  blank     kB    reward     first      last   gain  seconds")
 
     def line(name, row, rest=""):
-        print(f"{name[-34:]:34s} {row[0]:8.3f} {row[1]:8.3f} {row[2]:9.3f} {row[3]:6.3f} {row[4]:9.3f} {rest}", flush=True)
+        print(f"{name[-34:]:34s} {row[0]:8.3f} {row[1]:8.3f} {row[2]:9.3f} {row[3]:6.3f} {row[4]:6.3f} {row[5]:9.3f} {rest}", flush=True)
 
     for run in args.runs:
         cfg = figures.settings_of(run, rlcm.Config())
