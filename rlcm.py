@@ -43,7 +43,7 @@ Glossary       symbol in the papers                                         here
 
 Differs from the official RLCM code (github.com/Owen-Oertell/rlcm)
     1. The last evaluation has no action. There the last state is noised once more to its own timestep and that noise is scored
-       as an action which the picture never depends on: no signal, one more transition to pay for. H = 1 has no action at all.
+       as an action which the picture never depends on: no signal, one more transition to pay for (bench/last_action.py). H = 1 has no action at all.
     2. Timesteps, alpha-bar and boundary scalings are the LCMScheduler's own, so the LoRA is trained on the schedule it is sampled with.
     3. States, mean, std and log-prob are float32, passes have one shape: the ratio before the first step is exactly 1 (`ratio_drift`).
     4. A KL to the pretrained model (as in SaA) keeps the subject in the picture. Without it, compression ends in a blank page.
