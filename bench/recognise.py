@@ -67,4 +67,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except rewards.BadInput as e:
+        sys.exit(f"recognise.py: {e}")
