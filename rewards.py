@@ -10,7 +10,8 @@ Name one with `--reward`: a key of REWARDS below, `path/to/file.py:function` for
 parts, `aesthetic:1,compress:0.05`.
 It is called with one micro-batch of pictures at a time, on a GPU from a worker thread while the next one is being sampled.
 Heavy imports belong inside the function that needs them. The models behind rewards come from the Hugging Face hub (HUB) at
-their first picture, but for the embedded model's own CLIP (TINY_CLIP), live on the pictures' device, and leave a GPU whose memory is short once they have scored.
+their first picture; only the embedded model has its own CLIP (TINY_CLIP). They live on the pictures' device, and leave a GPU
+whose memory is short once they have scored.
 """
 import functools
 import importlib.util

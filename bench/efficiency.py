@@ -27,6 +27,7 @@ import torch
 import rlcm
 from bench import figures
 
+
 def synchronize():
     if torch.cuda.is_available():
         torch.cuda.synchronize()

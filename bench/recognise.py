@@ -4,8 +4,8 @@
 
 For 200 fixed captions and fixed noise, drawn at the run's steps and guidance, an LCM's just as a plain diffusers pipeline draws them (a test holds it to that):
 accuracy   share of pictures whose nearest training picture (pixel L2, tiny/pictures.webp) carries the caption
+animals    the same over the 45 animals that training prompts with
 retrieval  share of pictures whose caption is the nearest of all concepts to tiny/clip, which is what --reward clip trains on
-animals    as accuracy, over the 45 animals that training prompts with
 blank      share of pictures in which fewer than 2 % of the pixels differ visibly from the page
 kB         mean JPEG size of the 200 pictures; compress rewards its negative
 reward     mean of the run's own reward over the 200 pictures
