@@ -362,15 +362,14 @@ def picture_statistics(images):
     edges    mean over i, j of |grad Y|, the root of (Y[i+1, j] - Y[i, j])^2 + (Y[i, j+1] - Y[i, j])^2
     colours  entropy, - sum_k p_k log2 p_k, of the histogram of 64 colours, 4 levels a channel: 0 to 6 bits
     """
-    B, _, H, W = images.shape
     x = images.float()
     page = x.flatten(2).median(2).values[:, :, None, None]  # (B, 3, 1, 1)
     drawn = ((x - page).abs().amax(1) > 0.15).float().mean((1, 2))  # (B,)
     Y = 0.299 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2]  # (B, H, W)
     down, right = Y[:, 1:, :-1] - Y[:, :-1, :-1], Y[:, :-1, 1:] - Y[:, :-1, :-1]  # (B, H-1, W-1)
     r, g, b = (4 * x).long().clamp(0, 3).unbind(1)  # (B, H, W)
-    first = 64 * torch.arange(B, device=x.device)[:, None, None]  # each picture has its own 64 bins
-    p = (first + 16 * r + 4 * g + b).flatten().bincount(minlength=64 * B).view(B, 64) / (H * W)
+    colour = (16 * r + 4 * g + b).flatten(1)  # (B, HW), 0 to 63
+    p = torch.stack([c.bincount(minlength=64) for c in colour]) / colour.shape[1]  # (B, 64)
     return {
         "blank": (drawn < 0.02).float(),
         "dark": (Y < 0.1).float().mean((1, 2)),

@@ -1,11 +1,11 @@
 """RLCM in one file: teach a few-step text-to-image model to please any reward, by policy gradients.
 
-    python rlcm.py --reward compress --steps 4                   # train: runs/NAME/ gets pictures, curve, LoRA
+    python rlcm.py --reward compress --steps 4                  # train: runs/NAME/ gets pictures, curve, LoRA
     python rlcm.py --reward my_reward.py:redness --prompts my_prompts.txt
-    python rlcm.py --method ddpo --reward compress               # or score: the same loop, another Gaussian
-    python rlcm.py --sample "a cat" "a dog" --load runs/NAME     # base row above tuned row, same noise
-    python rlcm.py --resume runs/NAME                            # go on where a stopped run was last saved
-    accelerate launch rlcm.py --reward compress                  # several GPUs: the batch is shared out
+    python rlcm.py --method ddpo --reward compress              # or score: the same loop, another Gaussian
+    python rlcm.py --sample "a cat" "a dog" --load runs/NAME    # base row above tuned row, same noise
+    python rlcm.py --resume runs/NAME                           # go on where a stopped run was last saved
+    accelerate launch rlcm.py --reward compress                 # several GPUs: the batch is shared out
 
 THE IDEA
 A consistency model draws in a few steps; each one guesses the clean picture and adds noise again, ever less.
@@ -14,54 +14,51 @@ A reward judges the finished picture. What led to better pictures than usual for
 A diffusion model and a reverse-time SDE do the same with another Gaussian, so one loop trains all three.
 
 THE OBJECTIVE
-A Markov decision process: state (x_k, t_k, c), action x_{k+1}, the reward r at the end. Where it is computed:
+A Markov decision process: state (x_k, t_k, c), action x_{k+1}, reward r at the end. On the right: where.
 
-    x_{k+1} ~ N( mean_theta(x_k, t_k, c), std_k^2 I ),   k = 0 .. H-1      rlcm_policy ddpo_policy score_policy
-    J(theta) = E[ r(decode(x_H), c) - lambda sum_k KL_k ]                  collect, path_kl
-    KL_k     = |mean_theta - mean_pre|^2 / (2 std_k^2)                     gaussian_kl
-    grad J   = E[ sum_k A grad log p(x_{k+1} | x_k, c) ]                   log_prob, policy_loss
-               - lambda E[ sum_k grad KL_k ]                               update
-    A        = (R - mean R) / std R by prompt,  R = r - lambda sum_k KL_k  advantages
+    x_{k+1} ~ N( mean_theta(x_k, t_k, c), std_k^2 I ), k = 0 .. H-1       rlcm_policy ddpo_policy score_policy
+    J(theta) = E[ r(decode(x_H), c) - lambda sum_k KL_k ]                 collect, path_kl
+    KL_k     = |mean_theta - mean_pre|^2 / (2 std_k^2)                    gaussian_kl
+    grad J   = E[ sum_k A grad log p(x_{k+1} | x_k, c) ]                  log_prob, policy_loss
+               - lambda E[ sum_k grad KL_k ]                              update
+    A        = (R - mean R) / std R by prompt, R = r - lambda sum_k KL_k  advantages
 
-`rollout` samples from a policy, `update` scores the samples with that very policy: the two cannot drift apart.
+`rollout` samples from a policy, `update` scores the samples with the same policy: they cannot drift apart.
 
-GLOSSARY      shape            meaning, symbol in the papers
-    B, H, D                    pictures in a batch; steps (evaluations of the network); latent dimensions C*h*w
-    x         (B, C, h, w)     latent before a step: x_0 ~ N(0, I) is noise, x_H is decoded
-    k         (B,)             number of the step of each row of the batch
-    s         (H,) each        schedule, for each step: s.t timestep (tau in RLCM; real for score), s.ab alpha-bar
-                               = share of the signal in the variance of x, s.ab_next the next step's, s.std
-    c         (B, L, E)        embedding of the prompt
-    eps       a function       eps(x, t, c) -> (B, C, h, w): the noise that the network sees in x
-    pre                        of the pretrained (base) model: the same network without its adapter
-    clean     (B, C, h, w)     predicted clean latent, the papers' x_0 with a hat
-    log_p     (B,)             log-prob of an action; ratio = exp(log_p - log_p_old)
-    A         (B,) or (H, B)   advantage
-    lambda                     weight of the KL, in reward per nat: --kl
+GLOSSARY      shape           meaning, symbol in the papers
+    B, H, D                   pictures in a batch; steps: evaluations of the network; latent dimensions C*h*w
+    x         (B, C, h, w)    latent before a step: x_0 ~ N(0, I) is noise, x_H is decoded
+    k         (B,)            number of the step, for each row of the batch
+    s         (H,) each       schedule: s.t timestep (tau in RLCM, real for score), s.ab alpha-bar, share of
+                              the signal in the variance of x_k, s.ab_next of x_{k+1}, s.std
+    c         (B, L, E)       embedding of the prompt
+    eps       a function      eps(x, t, c) -> (B, C, h, w): the noise that the network sees in x
+    pre                       of the pretrained (base) model: the same network without its adapter
+    clean     (B, C, h, w)    predicted clean latent, the papers' x_0 with a hat
+    log_p     (B,)            log-prob of an action; ratio = exp(log_p - log_p_old)
+    A         (B,) or (H, B)  advantage
+    lambda                    weight of the KL, in reward per nat: --kl
 
-PAPERS
-    RLCM  Oertell et al. 2024, RL for Consistency Models, arXiv 2404.03673
-    LCM   Luo et al. 2023, Latent Consistency Models, arXiv 2310.04378
-    DDPO  Black et al. 2023, Training Diffusion Models with Reinforcement Learning, arXiv 2305.13301
-    DDIM  Song et al. 2020, Denoising Diffusion Implicit Models, arXiv 2010.02502
-    SaA   Zhao et al. 2024 and 2025, Scores as Actions, arXiv 2409.08400 and 2502.01819
-    PPO   Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv 1707.06347
+PAPERS on arXiv: RLCM 2404.03673, RL for Consistency Models. LCM 2310.04378, Latent Consistency Models.
+    DDPO 2305.13301, Training Diffusion Models with Reinforcement Learning. DDIM 2010.02502. PPO 1707.06347.
+    SaA 2409.08400 and 2502.01819, Scores as Actions.
 
 DIFFERS FROM THE RLCM CODE (github.com/Owen-Oertell/rlcm)
-    1. The last evaluation adds no noise and is no action. The paper has it both ways: section 4 and Fig. 2 show
-       H - 1 actions, the algorithm box one more. The code noises the last latent once more, to its own level, and
-       scores that noise, on which the picture does not depend.
-    2. The paper writes the kernel for a variance-exploding process, mean f and variance tau^2 - eps^2. Scale x by
-       sqrt(ab) and put tau^2 = (1 - ab) / ab, eps = 0, to get the kernel here and in the code.
-    3. Timesteps are those of today's LCMScheduler, on which the LoRA is then sampled; there, diffusers' of 2023.
+    1. The last action. The paper has it both ways: section 4 and Fig. 2 show H - 1 actions, the algorithm box
+       one more. The code noises the last latent once more, to its own level, and scores that noise, on which
+       the picture does not depend. Here the last evaluation adds no noise (--last-noise 0), or noise that the
+       picture shows in training alone, is the only action, and is judged against its mirror image -noise.
+    2. The paper's kernel is of a variance-exploding process: mean f, variance tau^2 - eps^2. Scale x by
+       sqrt(ab) and put tau^2 = (1 - ab) / ab, eps = 0: this is the kernel here and in the code.
+    3. Timesteps of today's LCMScheduler, on which the LoRA is then sampled; there diffusers' of 2023.
     4. States, mean, std and log-prob are float32, so that the ratio before the first step is exactly 1.
-    5. A KL to the pretrained model, as in SaA. No learning-rate schedule. Prompts and noise depend on the seed.
+    5. A KL to the pretrained model, as in SaA. No learning-rate schedule. The seed fixes prompts and noise.
 DIFFERS FROM THE DDPO CODE (github.com/kvablack/ddpo-pytorch)
-    Adam (there AdamW, decay 1e-4). Pictures and timesteps keep their order (there shuffled). A last step with
-    std = 0, as of tiny/sd, has no density and is no action (there SD's scheduler makes it 0.02).
+    Adam (there AdamW, decay 1e-4). Pictures and timesteps keep their order (there they are shuffled). A step
+    with std = 0, the last one of tiny/sd, is no action (there SD's scheduler makes it 0.02).
 DIFFERS FROM THE SCORES AS ACTIONS CODE (github.com/hanyang1999/ContTimeRL4DM)
-    Any reward and number of steps (there ImageReward, 50). Euler-Maruyama on a grid of real times (there DDIM,
-    eta = 1). Advantage: return to go minus a value that does not see the prompt (there V(t_{k+1}) - V(t_k), with
+    Any reward and number of steps (there ImageReward, 50). Euler-Maruyama on real times (there DDIM).
+    Advantage: return to go, standardised by prompt, without a value function (there V(t_{k+1}) - V(t_k), with
     the frozen reward of the predicted picture inside V).
 KEPT FROM ALL: log-prob averaged over D, advantages by prompt, clip range near 1e-4, one pass over the data.
 """
@@ -73,7 +70,7 @@ import shutil
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
@@ -84,18 +81,20 @@ from typing import Literal, Optional
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
-from rewards import HELP, PROMPTS, BadInput, get_prompts, get_reward
+from rewards import HELP, PROMPTS, BadInput, get_prompts, get_reward, pictures
 
 
-# =================================================== METHOD ===================================================
-# Down to TRAINING, a function needs torch, numpy, SimpleNamespace and the functions above it: copy what you like.
+# ================================================== METHOD ==================================================
+# Down to TRAINING a function needs torch, numpy, SimpleNamespace and functions above it: copy what you like.
 def at(v, k):
     """v[k] for a batch of steps, ready for arithmetic with latents: (H,), (B,) -> (B, 1, 1, 1)."""
     return v[k].view(-1, 1, 1, 1)
 
 
-# ---- three kernels: x (B, C, h, w), k (B,), c (B, L, E) -> mean (B, C, h, w) and std (B, 1, 1, 1) of x_{k+1}
+# ---- three kernels: x (B, C, h, w), k (B,), c (B, L, E) -> mean (B, C, h, w), std (B, 1, 1, 1) of x_{k+1}
 def rlcm_policy(eps, x, k, c, s):
     """Consistency model: guess the clean latent, add noise of the next level (RLCM, section 4)."""
     ab, ab_next, std = at(s.ab, k), at(s.ab_next, k), at(s.std, k)
@@ -105,7 +104,7 @@ def rlcm_policy(eps, x, k, c, s):
 
 
 def ddpo_policy(eps, x, k, c, s):
-    """Diffusion model: a DDIM step with eta = 1, also known as Euler-ancestral (DDPO; DDIM, eq. 12)."""
+    """Diffusion model: a DDIM step with eta = 1, or Euler-ancestral (DDPO, section 4; DDIM, eq. 12)."""
     ab, ab_next, std = at(s.ab, k), at(s.ab_next, k), at(s.std, k)
     noise = eps(x, s.t[k], c)
     clean = (x - (1 - ab).sqrt() * noise) / ab.sqrt()
@@ -124,14 +123,20 @@ def score_policy(eps, x, k, c, s):
 
 
 # ---- their schedules: constants of H steps, (H,) each, from the model's own scheduler in diffusers
-def rlcm_schedule(scheduler, H, device):
-    """Of an LCMScheduler. The last step goes to ab = 1: no noise, x_H = f_theta(x_{H-1})."""
+def rlcm_schedule(scheduler, H, device, last_std=0.0):
+    """Of an LCMScheduler. The last step goes to ab = 1 and adds no noise: x_H = f_theta(x_{H-1}).
+
+    With last_std it does add noise, on the clean latent, and is the only action (docs/results.md says why).
+    """
     scheduler.set_timesteps(H)
     t = scheduler.timesteps
     ab = scheduler.alphas_cumprod[t]
     ab_next = torch.cat([ab[1:], torch.ones(1)])
     c_skip, c_out = scheduler.get_scalings_for_boundary_condition_discrete(t)  # LCM, appendix
-    return on(device, t=t, ab=ab, ab_next=ab_next, std=(1 - ab_next).sqrt(), c_skip=c_skip, c_out=c_out)
+    std = (1 - ab_next).sqrt()
+    std[-1] = last_std
+    actions = torch.arange(H - 1, H) if last_std else torch.arange(H - 1)
+    return on(device, t=t, ab=ab, ab_next=ab_next, std=std, c_skip=c_skip, c_out=c_out, actions=actions)
 
 
 def ddpo_schedule(scheduler, H, device):
@@ -139,25 +144,25 @@ def ddpo_schedule(scheduler, H, device):
     scheduler.set_timesteps(H)
     t = scheduler.timesteps
     t_next = t - scheduler.config.num_train_timesteps // H  # where DDIMScheduler.step goes from t
-    ab = scheduler.alphas_cumprod[t]
-    ab_next = scheduler.alphas_cumprod[t_next.clamp(min=0)]
+    ab, ab_next = scheduler.alphas_cumprod[t], scheduler.alphas_cumprod[t_next.clamp(min=0)]
     ab_next = torch.where(t_next >= 0, ab_next, scheduler.final_alpha_cumprod)
     variance = (1 - ab_next) / (1 - ab) * (1 - ab / ab_next)  # DDIM, eq. 16
-    return on(device, t=t, ab=ab, ab_next=ab_next, std=variance.sqrt())
+    actions = (variance > 0).nonzero().flatten()  # a step without noise is none
+    return on(device, t=t, ab=ab, ab_next=ab_next, std=variance.sqrt(), actions=actions)
 
 
 def score_schedule(scheduler, H, device):
     """Real times, from the model's log alpha-bar made linear between its timesteps.
 
-    The forward SDE dX = -1/2 beta X dt + sqrt(beta) dB has ab(t) = exp(-integral of beta from 0 to t). Steps are
-    even in the cube root of that integral: small near the data, where the last one's noise stays in the picture.
+    The forward SDE dX = -1/2 beta X dt + sqrt(beta) dB has ab(t) = exp(-integral of beta up to t). Steps are
+    even in the cube root of that integral: small near the data, where the last noise stays in the picture.
     """
     integral = -scheduler.alphas_cumprod.double().log()  # at t = 0 .. 999
     root = torch.linspace(1, 0, H + 1).double()
     grid = integral[0] + (integral[-1] - integral[0]) * root**3
     t = torch.from_numpy(np.interp(grid[:-1], integral, np.arange(len(integral)))).float()
     ab, std = (-grid).exp().float(), (grid[:-1] - grid[1:]).sqrt().float()
-    return on(device, t=t, ab=ab[:-1], ab_next=ab[1:], std=std)
+    return on(device, t=t, ab=ab[:-1], ab_next=ab[1:], std=std, actions=torch.arange(H))
 
 
 def on(device, **tensors):
@@ -175,8 +180,8 @@ METHODS = {
 def log_prob(x_next, mean, std):
     """log N(x_next; mean, std^2 I) averaged over D: (B, C, h, w) twice, (B, 1, 1, 1) -> (B,).
 
-    The average, not the sum, as in DDPO's and RLCM's code: it makes log-ratios D times smaller, which is why the
-    clip range is as small as 1e-4. A step with std = 0 has no density: 0 stands there, without gradient.
+    The average, not the sum, as in DDPO's and RLCM's code: it makes log-ratios D times smaller, which is why
+    the clip range is as small as 1e-4. A step with std = 0 has no density: 0 stands there, without gradient.
     """
     noisy = std > 0
     std = torch.where(noisy, std, 1.0)
@@ -197,9 +202,8 @@ def gaussian_kl(mean, mean_pre, std):
 # ---- rollout
 @torch.no_grad()
 def rollout(policy, eps, s, c, z):
-    """Sample B trajectories.
+    """Sample B trajectories. c (B, L, E); z (H+1, B, C, h, w) standard normal: x_0, then each step's noise.
 
-    c (B, L, E); z (H+1, B, C, h, w) standard normal: x_0, then the noise of each step.
     -> x (H+1, B, C, h, w), mean (H, B, C, h, w), log_p (H, B).
     """
     H, B = len(s.std), len(c)
@@ -215,13 +219,12 @@ def rollout(policy, eps, s, c, z):
 
 @torch.no_grad()
 def path_kl(policy, eps_pre, s, c, x, mean):
-    """KL_k of each step of a rollout: x (H+1, B, C, h, w), mean (H, B, C, h, w) -> mean_pre like mean, kl (H, B).
+    """KL_k of a rollout's steps: x (H+1, B, C, h, w), mean (H, B, C, h, w) -> mean_pre like mean, kl (H, B).
 
-    The sum bounds the KL of the final latents, but for a last step without noise, which is not charged: so it
-    does for `score` alone.
+    For `score` the sum bounds the KL of the final latents; others end in a step without noise or charge.
     """
     mean_pre, kl = torch.zeros_like(mean), torch.zeros_like(mean[:, :, 0, 0, 0])
-    for k in (s.std > 0).nonzero().flatten().tolist():
+    for k in s.actions.tolist():
         mean_pre[k], std = policy(eps_pre, x[k], torch.full((len(c),), k, device=x.device), c, s)
         kl[k] = gaussian_kl(mean[k], mean_pre[k], std)
     return mean_pre, kl
@@ -231,8 +234,8 @@ def path_kl(policy, eps_pre, s, c, x, mean):
 def advantages(returns, prompts, history, size, min_count, clip):
     """Returns standardised by prompt (DDPO and RLCM, appendices): (B,), B strings -> A (B,), 1 / std (B,).
 
-    `history`, prompt -> list of its last `size` returns, is updated in place. A prompt with fewer than min_count
-    is standardised by the mean and std of this batch.
+    `history`, prompt -> list of its last `size` returns, is updated in place. A prompt with fewer than
+    min_count of them is standardised by the mean and std of this batch.
     """
     assert returns.shape == (len(prompts),)
     returns = returns.double()  # integer rewards must not truncate
@@ -250,7 +253,7 @@ def advantages(returns, prompts, history, size, min_count, clip):
 def policy_loss(log_p, log_p_old, A, algo="ppo", clip_range=1e-4):
     """Loss and ratio of each action: (n,), (n,), (n,) -> (n,), (n,).
 
-    With one optimizer step for a rollout the ratio is 1 and the clip inert: both losses have the same gradient.
+    With one optimizer step for a rollout the ratio is 1, the clip is inert, and both have the same gradient.
     """
     ratio = (log_p - log_p_old).exp()
     if algo == "reinforce":
@@ -264,26 +267,25 @@ def update(
     max_grad_norm=1.0, mean_pre=None, kl_weight=None,
     backward=torch.Tensor.backward, clip_grad_norm=torch.nn.utils.clip_grad_norm_,
 ):  # fmt: skip
-    """One pass over a rollout in `updates` optimizer steps, each on its share of the pictures. -> metrics, a dict.
+    """One pass over a rollout, in `updates` optimizer steps on a share of the pictures each -> metrics.
 
     x (H+1, B, C, h, w) and log_p_old (H, B) from `rollout`; c (B, L, E); A (B,) or (H, B). With mean_pre from
-    `path_kl` the KL is charged: kl_weight (B,) = lambda / std of the prompt's returns, the units of A.
-    The actions of a step's pictures are one flat batch, cut into micro-batches of the rollout's size: passes of
+    `path_kl` the KL is charged, with kl_weight (B,) = lambda / std of the prompt's returns, the units of A.
+    All actions of a step's pictures are one batch, cut into micro-batches of the rollout's size: passes of
     another shape round differently, and the ratio would not be exactly 1 before the first step.
     """
     H, B = log_p_old.shape
     D, n, A = x[0, 0].numel(), B // updates, A.expand(H, B)
     assert x.shape[:2] == (H + 1, B) and len(c) == B and n * updates == B
-    actions = (s.std > 0).nonzero().flatten()  # a step without noise is none
     rows, drift, norms = [], [], []
     for u in range(updates):
-        all_k = actions.repeat_interleave(n)  # step and picture of each action
-        all_b = torch.arange(u * n, (u + 1) * n, device=x.device).repeat(len(actions))
+        all_k = s.actions.repeat_interleave(n)  # step and picture of each action
+        all_b = torch.arange(u * n, (u + 1) * n, device=x.device).repeat(len(s.actions))
         for k, b in zip(all_k.split(micro_batch), all_b.split(micro_batch)):
             mean, std = policy(eps, x[k, b], k, c[b], s)
             log_p = log_prob(x[k + 1, b], mean, std)
             loss, ratio = policy_loss(log_p, log_p_old[k, b], A[k, b], algo, clip_range)
-            if mean_pre is not None:  # lambda grad KL_k; over D, as the log-prob is
+            if mean_pre is not None:  # lambda grad KL_k, over D as the log-prob is
                 loss = loss + kl_weight[b] * gaussian_kl(mean, mean_pre[k, b], std) / D
             backward(loss.sum() / len(all_k))
             if u == 0:  # nothing has moved yet: any difference is rounding
@@ -298,53 +300,9 @@ def update(
     return {name: value.item() for name, value in zip(names, values)}
 
 
-# ---- value function, of --method score
-class Value(torch.nn.Module):
-    """V(t, x_t) = sqrt(ab) R(clean) + sqrt(1 - ab) F(clean, t), at the data R alone (after SaA, section 4).
-
-    clean (n, C, h, w), ab (n, 1, 1, 1) -> (n,).
-    """
-
-    def __init__(self, C):
-        super().__init__()
-        conv = lambda n, m: [torch.nn.Conv2d(n, m, 3, stride=2, padding=1), torch.nn.SiLU()]
-        head = lambda: [torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(256, 1)]
-        self.R = torch.nn.Sequential(*conv(C, 32), *conv(32, 64), *head())
-        self.F = torch.nn.Sequential(*conv(C + 1, 32), *conv(32, 64), *head())
-
-    def forward(self, clean, ab):
-        clean = clean.clamp(-4, 4)  # latents have unit scale; a guess from pure noise may not
-        t = ab.expand(-1, 1, *clean.shape[2:])
-        R, F = self.R(clean), self.F(torch.cat([clean, t], 1))  # (n, 1)
-        return (ab.view(-1, 1).sqrt() * R + (1 - ab).view(-1, 1).sqrt() * F).flatten()
-
-
-def actor_critic(V, optimizer, s, x, mean, to_go, generator, fits=64, backward=torch.Tensor.backward):
-    """Advantage: return to go minus V of the state. Then V is fitted to the return to go (SaA's martingale loss).
-
-    x (H+1, B, C, h, w) and mean (H, B, C, h, w) from `rollout`, to_go (H, B) -> A (H, B).
-    """
-    H, B = to_go.shape
-    k = torch.arange(H, device=x.device).repeat_interleave(B)
-    ab, std, target = at(s.ab, k), at(s.std, k), to_go.flatten()
-    x, mean = x[:-1].flatten(0, 1), mean.flatten(0, 1)  # (H * B, C, h, w)
-    a = (mean - x) / std**2 - x / 2  # the action, read off the step that it made
-    clean = (x + (1 - ab) * a) / ab.sqrt()  # Tweedie's formula
-    with torch.no_grad():
-        A = target - torch.cat([V(*part) for part in zip(clean.split(1024), ab.split(1024))])
-    for i in torch.randint(H * B, (fits, 256), generator=generator).to(x.device):
-        backward((V(clean[i], ab[i]) - target[i]).square().mean())
-        optimizer.step()
-        optimizer.zero_grad()
-    return A.view(H, B)
-
-
-# ================================================== TRAINING ==================================================
+# ================================================= TRAINING =================================================
 def train(cfg, resume=False, stop=()):
-    """Fine-tune as `cfg` says, or until the epoch in which `stop` becomes true. -> the run's folder.
-
-    Raises BadInput.
-    """
+    """Fine-tune as `cfg` says, or until the epoch in which `stop` becomes true -> folder. Raises BadInput."""
     run = start(cfg, resume)
     s, accelerator = run.s, run.accelerator
     for epoch in run.bar:
@@ -358,13 +316,14 @@ def train(cfg, resume=False, stop=()):
         roll = collect(run, prompts[run.mine], index[run.mine], z[:, run.mine])
 
         # 3. advantages of the returns r - lambda sum_k KL_k, by prompt, over all processes
-        halt = torch.full_like(roll.r, bool(stop))
-        r, kl, halt = accelerator.gather(torch.stack([roll.r, roll.kl.sum(0), halt], 1)).cpu().T  # (B,) each
-        A = advantages(r - cfg.kl * kl, prompts, run.history, cfg.buffer_size, cfg.min_count, cfg.adv_clip)
+        halt = torch.full_like(roll.kl[0], bool(stop))
+        columns = torch.stack([*roll.r, roll.kl.sum(0), halt], 1)
+        *r, kl, halt = accelerator.gather(columns).cpu().T  # (B,) each
+        R = (r[0] - r[1]) / 2 if cfg.last_noise else r[0]  # is the noise better than its mirror image?
+        A = advantages(R - cfg.kl * kl, prompts, run.history, cfg.buffer_size, cfg.min_count, cfg.adv_clip)
         A, inv_std = (v[run.mine].to(run.device) for v in A)
-        if cfg.method == "score":  # no action is charged for the KL paid before it
-            to_go = A + cfg.kl * inv_std * (roll.kl.cumsum(0) - roll.kl)  # (H, B)
-            A = actor_critic(*run.critic, s, roll.x, roll.mean, to_go, g, backward=accelerator.backward)
+        paid = roll.kl.cumsum(0) - roll.kl  # (H, B), before each action, which is not to blame for it
+        A = A + cfg.kl * inv_std * (paid - paid.mean(1, keepdim=True))  # (H, B)
 
         # 4. policy gradient
         log = update(
@@ -374,7 +333,7 @@ def train(cfg, resume=False, stop=()):
         )  # fmt: skip
 
         # 5. metrics; from time to time pictures, the LoRA and a checkpoint
-        record(run, epoch, r, kl, log, halt=bool(halt.any()))
+        record(run, epoch, torch.cat(r), kl, log, halt=bool(halt.any()))
         if halt.any():
             break
     return finish(run)
@@ -382,50 +341,54 @@ def train(cfg, resume=False, stop=()):
 
 @torch.no_grad()
 def collect(run, prompts, index, z):
-    """Experience of one process: n pictures in micro-batches, each scored while the next is sampled.
-
-    -> c (n, L, E), x (H+1, n, C, h, w), mean (H, n, C, h, w), log_p and kl (H, n), r (n,); mean_pre, None without KL.
-    """
+    """One process's n trajectories, in micro-batches, a namespace: c (n, L, E), x (H+1, n, C, h, w), mean and
+    mean_pre (H, n, C, h, w; None without KL), log_p and kl (H, n), and a list of rewards r (n,), the second,
+    with last_noise only, of the pictures that the mirror image of that noise makes."""
     c, z = run.embedding[index.to(run.device)], z.to(run.device)
     batches = [slice(i, i + run.micro_batch) for i in range(0, len(prompts), run.micro_batch)]
     parts, scores = [], []
     for b in batches:
-        parts.append(rollout(run.policy, run.model.eps, run.s, c[b], z[:, b]))
-        scores.append(run.score(decode(run.model.pipe, parts[-1][0][-1]), prompts[b]))
+        x, mean, log_p = rollout(run.policy, run.model.eps, run.s, c[b], z[:, b])
+        parts.append((x, mean, log_p))
+        ends = (x[-1], 2 * mean[-1] - x[-1]) if run.cfg.last_noise else (x[-1],)
+        images = [decode(run.model.pipe, end) for end in ends]
+        scores.append([run.scorer.submit(run.reward_fn, image, prompts[b]) for image in images])
+        if run.device.type == "cpu":  # on a GPU pictures are scored while the next are sampled
+            wait(scores[-1])
     x, mean, log_p = (torch.cat(part, 1) for part in zip(*parts))
     mean_pre, kl = None, torch.zeros_like(log_p)
     if run.cfg.kl:
         with pretrained(run.model) as eps_pre:
             parts = [path_kl(run.policy, eps_pre, run.s, c[b], x[:, b], mean[:, b]) for b in batches]
         mean_pre, kl = (torch.cat(part, 1) for part in zip(*parts))
-    r = torch.cat([wait() for wait in scores]).to(run.device)
+    r = [torch.cat([score.result() for score in part]).to(run.device) for part in zip(*scores)]
     return SimpleNamespace(c=c, x=x, mean=mean, log_p=log_p, r=r, kl=kl, mean_pre=mean_pre)
 
 
-# ================================================ CONFIGURATION ===============================================
+# =============================================== CONFIGURATION ==============================================
 def knob(default, meaning):
     return field(default=default, metadata={"help": meaning})
 
 
 @dataclass
 class Config:
-    """All that a run depends on; the command line is made of it. The values are those of rlcm on the embedded model:
-    `configure` has the others'."""
+    """All that a run depends on; the command line is made of it. Values: tiny's for rlcm; others: PRESETS."""
 
     reward: str = knob("compress", HELP)
-    method: Literal["rlcm", "ddpo", "score"] = knob("rlcm", "consistency model, diffusion model, reverse-time SDE")
+    method: Literal["rlcm", "ddpo", "score"] = knob("rlcm", "consistency model, diffusion model, reverse SDE")
     algo: Literal["ppo", "reinforce"] = knob("ppo", "clipped ratio, or plain score function")
-    model: str = knob("tiny", "tiny, a folder or a hub id of a diffusers pipeline; default on a GPU: the papers'")
-    lcm_lora: Optional[str] = knob(None, "LCM-LoRA, folder or hub id, to make an SD-1.x --model a consistency model")
+    model: str = knob("tiny", "tiny, folder or hub id of a diffusers pipeline; default on a GPU: the papers'")
+    lcm_lora: Optional[str] = knob(None, "LCM-LoRA that makes an SD-1.x --model a consistency model")
     paper: bool = knob(False, "the papers' settings for this method and reward, their GPUs' batches as one")
     prompts: str = knob("animals", f"{', '.join(PROMPTS)}, a text file of prompts, or a quoted prompt")
-    steps: int = knob(4, "H, evaluations of the network for one picture, 2 to 50")
-    epochs: int = knob(64, "rollouts of the run")
+    steps: int = knob(4, "H, evaluations of the network for one picture, 1 to 50")
+    last_noise: float = knob(0.6, "std of the noise on the clean latent, the only action then; 0: none")
+    epochs: int = knob(24, "rollouts of the run")
     batch_size: int = knob(64, "B, pictures of an epoch")
     micro_batch: int = knob(32, "rows of one pass of the network; changes memory, not results")
     updates: int = knob(1, "optimizer steps of an epoch, each on its share of the pictures")
     lr: float = knob(1.2e-3, "learning rate of Adam")
-    kl: float = knob(0.0028, "lambda: reward charged for a nat of KL to the pretrained model; 0: none")
+    kl: float = knob(0.0, "lambda: reward charged for a nat of KL to the pretrained model; 0: none")
     guidance: float = knob(6.0, "guidance scale, in training as in sampling")
     lora_rank: int = knob(4, "rank of the adapter; 0: train all weights of the network")
     lora_alpha: int = knob(4, "alpha of the adapter")
@@ -435,38 +398,40 @@ class Config:
     min_count: int = knob(4, "with fewer of them, the batch's mean and std serve")
     max_grad_norm: float = knob(5.0, "the gradient is clipped to this norm")
     precision: Literal["fp32", "bf16", "fp16"] = knob("fp32", "of the network; default on a GPU: bf16")
-    low_memory: bool = knob(False, "one row a pass, gradient checkpointing, sliced VAE: slower, the same gradient")
+    low_memory: bool = knob(False, "one row a pass, gradient checkpointing, sliced VAE: same gradient")
     log_with: Optional[Literal["wandb", "tensorboard"]] = knob(None, "also log metrics and pictures there")
     seed: int = knob(0, "of adapter, prompts and noise")
     save_every: int = knob(10, "epochs between pictures, LoRAs and checkpoints")
-    out: Optional[str] = knob(None, "the run's folder, default runs/METHOD-REWARD-SEED-TIME; with --sample: its file")
+    out: Optional[str] = knob(None, "folder of the run, default runs/METHOD-REWARD-SEED-TIME")
 
 
 HERE = Path(__file__).resolve().parent
 TINY = {"rlcm": "tiny/lcm", "ddpo": "tiny/sd", "score": "tiny/sd"}
 REAL = {"rlcm": "SimianLuo/LCM_Dreamshaper_v7", "ddpo": "Lykon/dreamshaper-7", "score": "Lykon/dreamshaper-7"}
-COUNTS = dict(buffer_size=16, min_count=16, micro_batch=2, kl=0.0)
-RLCM = COUNTS | dict(epochs=1000, batch_size=16, lr=1e-4, guidance=8.0, lora_rank=16, lora_alpha=32)
-DDPO = COUNTS | dict(steps=50, epochs=100, batch_size=256, updates=4, lr=3e-4, guidance=5.0, adv_clip=5.0)
-DDPO["max_grad_norm"] = 1.0
-PRESETS = {  # (model, method): what differs from Config; for real models the official codes', but RLCM in 4 steps
+BOTH = dict(buffer_size=16, min_count=16, micro_batch=2, last_noise=0.0)
+RLCM = BOTH | dict(epochs=1000, batch_size=16, lr=1e-4, guidance=8.0, lora_rank=16, lora_alpha=32)
+DDPO = BOTH | dict(steps=50, epochs=100, batch_size=256, updates=4, lr=3e-4, guidance=5.0)
+DDPO |= dict(adv_clip=5.0, max_grad_norm=1.0)
+PRESETS = {  # (model, method): what differs from Config; real: the official codes', but rlcm in 4 steps
     ("tiny", "rlcm"): {},
-    ("tiny", "ddpo"): dict(steps=5, epochs=40, lr=3e-3, kl=0.001, guidance=3.0),
-    ("tiny", "score"): dict(steps=6, epochs=20, lr=5e-3, kl=0.0025, guidance=3.0),
+    ("tiny", "ddpo"): dict(steps=5, last_noise=0.0, epochs=40, lr=3e-3, kl=0.001, guidance=3.0),
+    ("tiny", "score"): dict(steps=6, last_noise=0.0, epochs=16, lr=5e-3, kl=0.0025, guidance=3.0),
     ("real", "rlcm"): RLCM,
     ("real", "ddpo"): DDPO,
     ("real", "score"): DDPO,
 }
-PAPER = {  # --paper: (method, reward), on top of the real preset. RLCM, appendix: 4 GPUs (3 for align) as one batch.
-    ("rlcm", "compress"): dict(steps=8, prompts="imagenet-animals"),
-    ("rlcm", "incompress"): dict(steps=8, prompts="imagenet-animals"),
+IMAGENET, ACTIVITIES = dict(prompts="imagenet-animals"), dict(prompts="animals-activities")
+PAPER = {  # --paper: (method, reward): what differs from the real preset
+    # RLCM, appendix; the batches of its 4 GPUs (align: 3) as one
+    ("rlcm", "compress"): IMAGENET | dict(steps=8),
+    ("rlcm", "incompress"): IMAGENET | dict(steps=8),
     ("rlcm", "aesthetic"): dict(steps=8, batch_size=32, lora_rank=8, lora_alpha=8, buffer_size=32),
-    ("rlcm", "align"): dict(steps=16, epochs=708, batch_size=120, buffer_size=32, prompts="animals-activities"),
+    ("rlcm", "align"): ACTIVITIES | dict(steps=16, epochs=708, batch_size=120, buffer_size=32),
     # ddpo-pytorch, config/dgx.py, which RLCM compares with; DDPO's own table is full fine-tuning at 1e-5
-    ("ddpo", "compress"): dict(prompts="imagenet-animals"),
-    ("ddpo", "incompress"): dict(prompts="imagenet-animals"),
+    ("ddpo", "compress"): IMAGENET,
+    ("ddpo", "incompress"): IMAGENET,
     ("ddpo", "aesthetic"): dict(epochs=200, updates=2, buffer_size=32),
-    ("ddpo", "align"): dict(epochs=200, updates=2, buffer_size=32, batch_size=288, prompts="animals-activities"),
+    ("ddpo", "align"): ACTIVITIES | dict(epochs=200, batch_size=288, updates=2, buffer_size=32),
 }
 
 
@@ -477,7 +442,7 @@ def configure(**given):
         model, found = (REAL["ddpo" if cfg.lcm_lora else cfg.method], "a") if cuda else ("tiny", "no")
         say(f"model: {model} ({found} CUDA GPU is here; --model chooses)")
         given = given | {"model": model}
-    task = cfg.method, cfg.reward
+    task = cfg.method, cfg.reward.removesuffix("_13b")
     if cfg.paper and task not in PAPER:
         known = ", ".join(" ".join(key) for key in PAPER)
         raise BadInput(f"--paper: no published settings for {' '.join(task)}: choose from {known}")
@@ -491,19 +456,22 @@ def configure(**given):
 
 def check(cfg):
     """Raises BadInput for settings that cannot work."""
+    gpu = torch.cuda.is_available()
     for wrong, message in (
-        (not 2 <= cfg.steps <= 50, f"--steps {cfg.steps}: between 2 and 50; a single one has no noise to reinforce"),
-        (cfg.lcm_lora and cfg.method != "rlcm", "--lcm-lora makes a consistency model: it goes with --method rlcm"),
-        (cfg.algo == "reinforce" and cfg.updates > 1, "--algo reinforce allows one of --updates: it has no ratio"),
+        (not 1 <= cfg.steps <= 50, f"--steps {cfg.steps}: between 1 and 50"),
+        (cfg.steps == 1 and not cfg.last_noise, "--steps 1 has no noise to reinforce but --last-noise"),
+        (cfg.last_noise and cfg.method != "rlcm", "--last-noise goes with --method rlcm"),
+        (cfg.lcm_lora and cfg.method != "rlcm", "--lcm-lora makes a consistency model: for --method rlcm"),
+        (cfg.algo == "reinforce" and cfg.updates > 1, "--algo reinforce has no ratio: --updates must be 1"),
         (cfg.log_with and not find_spec(cfg.log_with), f"--log-with: first pip install {cfg.log_with}"),
-        (cfg.precision == "fp16" and not torch.cuda.is_available(), "--precision fp16 needs a GPU: take bf16"),
+        (cfg.precision == "fp16" and not gpu, "--precision fp16 needs a GPU: take bf16 or fp32"),
     ):
         if wrong:
             raise BadInput(message)
     for name, value in vars(cfg).items():
-        zero = name in ("kl", "guidance", "seed", "lora_rank")
+        zero = " or zero" * (name in ("kl", "last_noise", "guidance", "seed", "lora_rank"))
         if type(value) in (int, float) and not (0 < value < float("inf") or zero and value == 0):
-            raise BadInput(f"--{name.replace('_', '-')} {value}: must be a positive number" + " or zero" * zero)
+            raise BadInput(f"--{name.replace('_', '-')} {value}: must be a positive number{zero}")
 
 
 def say(line):
@@ -511,27 +479,27 @@ def say(line):
         print(line, flush=True)
 
 
-# ==================================================== MODEL ===================================================
+# =================================================== MODEL ==================================================
 def load_model(cfg, accelerator=None):
-    """The pipeline that cfg names, ready to train and to draw: a namespace. Raises BadInput.
+    """The pipeline of cfg, ready to train and to draw -> a namespace. Raises BadInput.
 
-    pipe (diffusers', with the adapter in pipe.unet), trained (its trained weights by name, float32), eps (of the
-    network, guided), reference (the pretrained eps, where there is no adapter to switch off), shape (C, h, w).
+    pipe (of diffusers, with the adapter in its unet), trained (weights by name, float32), eps, reference (the
+    pretrained eps, where there is no adapter to switch off), shape (C, h, w).
     """
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 
-    device = accelerator.device if accelerator else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prepare = accelerator.prepare_model if accelerator else lambda network, **options: network
     pipe, reference = load_pipeline(cfg), None
-    pipe.to(device)
+    pipe.to(accelerator.device if accelerator else "cuda" if torch.cuda.is_available() else "cpu")
     unet = pipe.unet.requires_grad_(not cfg.lora_rank)
     if cfg.kl and not cfg.lora_rank:
         frozen = copy.deepcopy(unet).requires_grad_(False)
         reference = noise_predictor(pipe, prepare(frozen, evaluation_mode=True), cfg.guidance)
     if cfg.lora_rank:
         layers = ["to_q", "to_k", "to_v", "to_out.0"]  # of every attention, as in both official codes
-        lora = LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=layers, init_lora_weights="gaussian")
+        lora = LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=layers)
+        lora.init_lora_weights = "gaussian"
         with torch.random.fork_rng():
             torch.manual_seed(cfg.seed)
             unet.add_adapter(lora)
@@ -547,15 +515,15 @@ def load_model(cfg, accelerator=None):
 
 def load_pipeline(cfg):
     """diffusers' pipeline with the scheduler of the method. Raises BadInput."""
-    from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler
+    import diffusers
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.precision]
     source = str(HERE / TINY[cfg.method]) if cfg.model == "tiny" else cfg.model
     try:
         unchecked = dict(safety_checker=None, requires_safety_checker=False)
-        pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, **unchecked)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(source, dtype=dtype, **unchecked)
         if cfg.lcm_lora:
-            source, pipe.scheduler = cfg.lcm_lora, LCMScheduler.from_config(pipe.scheduler.config)
+            source, pipe.scheduler = cfg.lcm_lora, diffusers.LCMScheduler.from_config(pipe.scheduler.config)
             pipe.load_lora_weights(source)
             pipe.fuse_lora()
             pipe.unload_lora_weights()
@@ -563,13 +531,12 @@ def load_pipeline(cfg):
         advice = "give a folder or hub id of a diffusers pipeline, or --model tiny, which needs no download"
         raise BadInput(f"cannot load the model {source} ({one_line(e)}): {advice}") from e
     if cfg.method != "rlcm":
-        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    elif not isinstance(pipe.scheduler, LCMScheduler):
-        found = type(pipe.scheduler).__name__
-        raise BadInput(f"{source} has a {found}: --method rlcm needs a consistency model with an LCMScheduler")
-    if pipe.scheduler.config.prediction_type != "epsilon":
-        found = pipe.scheduler.config.prediction_type
-        raise BadInput(f"{source} predicts {found!r}: only epsilon prediction is supported")
+        pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    found, predicts = type(pipe.scheduler).__name__, pipe.scheduler.config.prediction_type
+    if cfg.method == "rlcm" and found != "LCMScheduler":
+        raise BadInput(f"{source} has a {found}: rlcm needs a consistency model with an LCMScheduler")
+    if predicts != "epsilon":
+        raise BadInput(f"{source} predicts {predicts!r}: only epsilon prediction is supported")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -579,37 +546,36 @@ def one_line(e):
 
 
 def noise_predictor(pipe, network, guidance):
-    """eps of a network, guided as its pipeline guides: x (B, C, h, w), t (B,), c (B, L, E) -> (B, C, h, w) float32."""
+    """eps(x, t, c) of a network, guided as its pipeline guides; float32."""
     dtype, dim = pipe.vae.dtype, pipe.unet.config.time_cond_proj_dim
-    if dim:  # an LCM takes the guidance scale as an input (LCM, section 4.2), less one in that paper's formula
-        w = pipe.get_guidance_scale_embedding(torch.tensor([guidance - 1.0]), dim).to(pipe.vae.device, dtype)
+    if dim:  # an LCM takes the guidance scale, less one, as an input (LCM, section 4.2)
+        w = pipe.get_guidance_scale_embedding(torch.tensor([guidance - 1.0]), dim).to(pipe.device, dtype)
 
     def eps(x, t, c):
         condition = w.expand(len(x), -1) if dim else None
         return network(x.to(dtype), t, encoder_hidden_states=c, timestep_cond=condition).sample.float()
 
+    def guided(x, t, c):  # classifier-free guidance, both halves in one pass
+        both = torch.cat([nothing.expand_as(c), c])
+        e_0, e_c = eps(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        return e_0 + guidance * (e_c - e_0)
+
     if dim or guidance <= 1:
         return eps
     nothing = encode(pipe, [""])
-
-    def guided(x, t, c):  # classifier-free guidance, both halves in one pass
-        e_0, e_c = eps(torch.cat([x, x]), torch.cat([t, t]), torch.cat([nothing.expand_as(c), c])).chunk(2)
-        return e_0 + guidance * (e_c - e_0)
-
     return guided
 
 
 @contextmanager
 def pretrained(model):
-    """eps of the pretrained model for the block: the network with its adapter off, or the copy of all weights."""
-    if model.reference:
-        yield model.reference
-        return
-    model.pipe.unet.disable_adapters()
+    """eps of the pretrained model for a block: the network with its adapter off, or a copy of all weights."""
+    if not model.reference:
+        model.pipe.unet.disable_adapters()
     try:
-        yield model.eps
+        yield model.reference or model.eps
     finally:
-        model.pipe.unet.enable_adapters()
+        if not model.reference:
+            model.pipe.unet.enable_adapters()
 
 
 @torch.no_grad()
@@ -626,19 +592,19 @@ def decode(pipe, x):
     return (pipe.vae.decode(x).sample.float() / 2 + 0.5).clamp(0, 1)
 
 
-# ================================================== PICTURES ==================================================
+# ================================================= PICTURES =================================================
 def draw(model, cfg, prompts, steps=None):
-    """Pictures (B, 3, H, W) of prompts from fixed noise, that of torch.Generator().manual_seed(i) for picture i.
+    """Pictures (B, 3, H, W) of prompts; the noise of picture i is that of torch.Generator().manual_seed(i).
 
-    It is drawn in the order of a diffusers pipeline: given the same generators, one draws the same pictures.
+    It is drawn in diffusers' order: a plain pipeline with the same generators draws the same pictures.
     """
+    from diffusers.utils.torch_utils import randn_tensor
+
     schedule, policy = METHODS[cfg.method]
-    s, c = schedule(model.pipe.scheduler, steps or cfg.steps, model.pipe.vae.device), encode(model.pipe, prompts)
-    z, images = torch.empty(len(s.std) + 1, len(prompts), *model.shape), []
-    for i in range(len(prompts)):
-        g = torch.Generator().manual_seed(i)
-        for z_k in z:
-            z_k[i] = torch.randn(1, *model.shape, generator=g)[0]
+    s, c = schedule(model.pipe.scheduler, steps or cfg.steps, model.pipe.device), encode(model.pipe, prompts)
+    generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+    z = torch.stack([randn_tensor((len(prompts), *model.shape), generators) for _ in range(len(s.std) + 1)])
+    images = []
     for i in range(0, len(prompts), cfg.micro_batch):
         b = slice(i, i + cfg.micro_batch)
         x, _, _ = rollout(policy, model.eps, s, c[b], z[:, b].to(c.device))
@@ -647,133 +613,110 @@ def draw(model, cfg, prompts, steps=None):
 
 
 def likeness(images, first):
-    """Mean correlation of pictures with their first versions: 1 unchanged, 0 unrelated; a blank page counts as 0."""
+    """Mean correlation of pictures with their first versions: 1 unchanged, 0 unrelated or blank."""
     a, b = (v.flatten(1) - v.flatten(1).mean(1, keepdim=True) for v in (images, first))
     correlation = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp(min=1e-6)
     return float((correlation * (a.std(1) > 0.02)).mean())
 
 
-def sample_grid(rows, captions, path, title=""):
-    """Write rows of pictures, a list of (B, 3, H, W), with captions below, a list of B strings for each row."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    tile, line, font = max(128, rows[0].shape[-1] // 2), 18, ImageFont.load_default(13)
-    top, columns = line * bool(title), min(8, len(rows[0]))
-    lines = []  # of at most eight pictures
-    for images, texts in zip(rows, captions):
-        lines += [(images[i : i + columns], texts[i : i + columns]) for i in range(0, len(images), columns)]
-    sheet = Image.new("RGB", (columns * tile, top + len(lines) * (tile + line)), "white")
+def sample_grid(images, captions, path, title="", columns=8):
+    """Write pictures (B, 3, H, W) in rows of so many, captions (B strings) below them."""
+    tile, line, font = max(128, images.shape[-1] // 2), 18, ImageFont.load_default(13)
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * tile, line + rows * (tile + line)), "white")
     pen = ImageDraw.Draw(sheet)
     pen.text((4, 1), title, "black", font)
-    for n, (images, texts) in enumerate(lines):
-        for i, (picture, text) in enumerate(zip(images, texts)):
-            x, y = i * tile, top + n * (tile + line)
-            pixels = (picture * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-            sheet.paste(Image.fromarray(pixels).resize((tile, tile), Image.LANCZOS), (x, y))
-            while font.getlength(text) > tile - 6:
-                text = text[:-2] + "…"
-            pen.text((x + 4, y + tile + 1), text, "black", font)
+    for i, (picture, caption) in enumerate(zip(pictures(images), captions)):
+        x, y = i % columns * tile, line + i // columns * (tile + line)
+        sheet.paste(picture.resize((tile, tile), Image.LANCZOS), (x, y))
+        pen.rectangle((x, y + tile, x + tile, y + tile + line), "white")  # over the last caption, if too long
+        pen.text((x + 4, y + tile + 1), caption, "black", font)
     sheet.save(path)
 
 
 def reward_curve(rows, path, label):
-    """Write the curve of the epochs' mean reward, in a band of one std over the pictures."""
+    """Write the curve of the mean reward, in a band of one std of the epoch's pictures."""
     from matplotlib.figure import Figure  # needs no backend
 
-    epoch, mean, std = (np.array([row[name] for row in rows]) for name in ("epoch", "reward_mean", "reward_std"))
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    epoch, mean, std = np.array([[row[v] for v in ("epoch", "reward_mean", "reward_std")] for row in rows]).T
+    figure = Figure(layout="constrained")
     axis = figure.subplots()
     axis.plot(epoch, mean)
-    axis.fill_between(epoch, mean - std, mean + std, alpha=0.2, linewidth=0)
+    axis.fill_between(epoch, mean - std, mean + std, alpha=0.2)
     axis.set(xlabel="epoch", ylabel=label)
     figure.savefig(path)
 
 
-# ===================================================== RUN ====================================================
+# ==================================================== RUN ===================================================
 def start(cfg, resume=False):
-    """Everything that the training loop needs: a namespace. Nothing is written until all of it works. Raises BadInput."""
+    """What the training loop needs, a namespace. Nothing is written before it works. Raises BadInput."""
     from accelerate import Accelerator
-    from tqdm import tqdm
 
     check(cfg)
     reward_fn, prompts = get_reward(cfg.reward, cfg.model), get_prompts(cfg.prompts)
-    name = f"{cfg.method}-{cfg.reward.split('/')[-1].replace(':', '-')}-{cfg.seed}-{time.strftime('%m%d-%H%M%S')}"
-    out = Path(cfg.out or f"runs/{name}")
+    name = f"{cfg.method}-{cfg.reward.split('/')[-1].replace(':', '-')}-{cfg.seed}"
+    out = Path(cfg.out or f"runs/{name}-{time.strftime('%m%d-%H%M%S')}")
     if not resume and out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise BadInput(f"{out} exists and is not an empty folder: give another --out")
     state = load_checkpoint(out)
-    rows = state["rows"]
-    if len(rows) >= cfg.epochs:
-        raise BadInput(f"{out} already has {len(rows)} epochs: give more --epochs to go on")
+    rows, done = state["rows"], len(state["rows"])
+    if done >= cfg.epochs:
+        raise BadInput(f"{out} already has {done} epochs: give more --epochs to go on")
     precision = "no" if cfg.precision == "fp32" else cfg.precision
     accelerator = Accelerator(mixed_precision=precision, log_with=cfg.log_with, project_dir=out)
-    P, rank, leader = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
+    P, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     if cfg.batch_size % (P * cfg.updates):
-        raise BadInput(f"--batch-size {cfg.batch_size} does not divide into {P} processes x --updates {cfg.updates}")
-    model, device, n = load_model(cfg, accelerator), accelerator.device, cfg.batch_size // P
+        raise BadInput(f"--batch-size {cfg.batch_size} does not divide into {P} processes x --updates")
+    n = cfg.batch_size // P
+    model = load_model(cfg, accelerator)
     schedule, policy = METHODS[cfg.method]
+    options = {"last_std": cfg.last_noise} if cfg.last_noise else {}
     optimizer = accelerator.prepare_optimizer(torch.optim.Adam(model.trained.values(), cfg.lr))
+    on_gpu = dict(initializer=torch.cuda.set_device, initargs=(device,)) if device.type == "cuda" else {}
     run = SimpleNamespace(
-        cfg=cfg, out=out, accelerator=accelerator, device=device, model=model, policy=policy, optimizer=optimizer,
-        s=schedule(model.pipe.scheduler, cfg.steps, device), prompts=prompts, embedding=encode(model.pipe, prompts),
-        reward_fn=reward_fn, score=scorer(reward_fn, device), mine=slice(rank * n, rank * n + n), rows=rows,
-        micro_batch=max(m for m in range(1, cfg.micro_batch + 1) if n // cfg.updates % m == 0),  # one shape
-        shown=(prompts * 16)[:16], first=None, history=state["history"], saved={"optimizer": optimizer},
+        cfg=cfg, out=out, accelerator=accelerator, device=device, model=model, optimizer=optimizer,
+        policy=policy, s=schedule(model.pipe.scheduler, cfg.steps, device, **options), prompts=prompts,
+        shown=(prompts * 16)[:16], embedding=encode(model.pipe, prompts),
+        reward_fn=reward_fn, scorer=ThreadPoolExecutor(1, **on_gpu),
+        mine=slice(n * rank, n * rank + n),  # of the batch
+        micro_batch=max(m for m in range(1, cfg.micro_batch + 1) if n // cfg.updates % m == 0),  # all full
+        history=state["history"], rows=rows, saved={"optimizer": optimizer}, began=time.time(),
     )  # fmt: skip
-    if cfg.method == "score":
-        with torch.random.fork_rng():
-            torch.manual_seed(cfg.seed)
-            V = Value(model.shape[0])
-        run.critic = accelerator.prepare(V, torch.optim.Adam(V.parameters(), 1e-3))
-        run.saved |= {"V": V, "V_optimizer": run.critic[1]}
     if accelerator.scaler:
         run.saved["scaler"] = accelerator.scaler
-    if leader:
-        save_start(run)
+    if accelerator.is_main_process:
+        run.first = draw(model, cfg, run.shown)
+        save_pictures(run, 0, run.first)
+        save_config(run)
     accelerator.init_trackers("rlcm", {name: str(value) for name, value in asdict(cfg).items()})
-    if rows:
+    if done:
         model.pipe.unet.load_state_dict(state["trained"], strict=False)
         for name, part in run.saved.items():
             part.load_state_dict(state[name])
-    run.began = time.time() - (rows[-1]["seconds"] if rows else 0)
-    epochs = range(len(rows) + 1, cfg.epochs + 1)
-    options = dict(initial=len(rows), total=cfg.epochs, unit="epoch", dynamic_ncols=True)
-    run.bar = tqdm(epochs, disable=not leader, **options)
+        run.began -= rows[-1]["seconds"]
+    epochs = dict(iterable=range(done + 1, cfg.epochs + 1), initial=done, total=cfg.epochs, unit="epoch")
+    run.bar = tqdm(**epochs, disable=not accelerator.is_main_process, dynamic_ncols=True)
     return run
 
 
-def scorer(reward_fn, device):
-    """score(images, prompts) -> a function that waits for the rewards. On a GPU a thread computes them meanwhile;
-    on a CPU it would only take cores from the network."""
-
-    def now(images, prompts):
-        r = reward_fn(images, prompts)
-        return lambda: r
-
-    if device.type == "cpu":
-        return now
-    pool = ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(torch.cuda.current_device(),))
-    return lambda images, prompts: pool.submit(reward_fn, images, prompts).result
-
-
 def record(run, epoch, r, kl, log, halt):
-    """Add the epoch's row to metrics.csv; save pictures, LoRA and checkpoint when due. r, kl (B,). Raises BadInput."""
-    cfg, accelerator = run.cfg, run.accelerator
-    values = accelerator.reduce(torch.tensor(list(log.values()), device=run.device), "mean").tolist()
-    log, scaler = dict(zip(log, values)), accelerator.scaler  # fp16's scaler leaves out a step that overflows
-    if not np.isfinite(log["grad_norm"]) and not (scaler and scaler.get_scale() >= 1):
+    """A row of metrics.csv; pictures, LoRA, checkpoint when due. r: all rewards, kl (B,). Raises BadInput."""
+    cfg, accelerator, scaler = run.cfg, run.accelerator, run.accelerator.scaler
+    mean = accelerator.reduce(torch.tensor(list(log.values()), device=run.device), "mean").tolist()
+    log = dict(zip(log, mean))
+    if not np.isfinite(log["grad_norm"]) and not (scaler and scaler.get_scale() >= 1):  # fp16 skips the step
         advice = "the last checkpoint is untouched; start anew with a smaller --lr or --precision fp32"
         raise BadInput(f"the gradient of epoch {epoch} is not finite: {advice}")
     row = {
         "epoch": epoch,
         "seconds": round(time.time() - run.began, 3),  # since the start
-        "reward_queries": epoch * cfg.batch_size,  # pictures scored so far
-        "reward_mean": r.mean().item(),  # of the epoch's B pictures, before the KL is charged
+        "reward_queries": epoch * len(r),  # pictures scored so far
+        "reward_mean": r.mean().item(),  # of the epoch's pictures, with last_noise, before the KL is charged
         "reward_std": r.std(correction=0).item(),
         "reward_min": r.min().item(),
         "reward_max": r.max().item(),
         "path_kl": kl.mean().item(),  # nats, sum over a picture's steps
-        **log,  # ratio_drift: largest |ratio - 1| before the first optimizer step; in fp32 0. The rest: `update`
+        **log,  # of `update`; ratio_drift: largest |ratio - 1| before the first optimizer step, 0 in fp32
         "likeness": "",  # of the sample grid to epoch 0's
     }
     run.rows.append(row)
@@ -790,7 +733,7 @@ def record(run, epoch, r, kl, log, halt):
     accelerator.log({name: value for name, value in row.items() if value != ""}, epoch)
     save_metrics(run.rows, run.out / "metrics.csv")
     if due:
-        save_samples(run, epoch, images)
+        save_pictures(run, epoch, images)
         save_weights(run.model.pipe, run.out)
         reward_curve(run.rows, run.out / "reward.png", f"reward: {cfg.reward}")
     if due or halt:
@@ -798,24 +741,22 @@ def record(run, epoch, r, kl, log, halt):
 
 
 def finish(run):
-    """Say what was reached, where everything is and how to use it. -> the run's folder."""
+    """Say what was reached, where everything is and how to use it -> the run's folder."""
     run.bar.close()
     first, last, out = run.rows[0], run.rows[-1], run.out
     if last["epoch"] < run.cfg.epochs:
         say(f"stopped after epoch {last['epoch']}; to go on: python rlcm.py --resume {out}")
     elif run.accelerator.is_main_process:
-        full = f'UNet2DConditionModel.from_pretrained("{out}/unet")'
-        use = f'pipe.load_lora_weights("{out}")' if run.cfg.lora_rank else full
-        say(
-            f"reward {first['reward_mean']:.3f} -> {last['reward_mean']:.3f} in {last['epoch']} epochs, "
-            f"{last['seconds']:.0f} s; likeness {last['likeness']:.2f} (1 unchanged, 0 blank)\n"
-            f"pictures {out}/samples, curve {out}/reward.png; to use it: {use}, "
-            f'or: python rlcm.py --sample "a cat" --load {out}'
-        )
+        reward = f"reward in training {first['reward_mean']:.3f} -> {last['reward_mean']:.3f}"
+        alike = f"likeness {last['likeness']:.2f} (1 unchanged, 0 blank)"
+        say(f"{reward}, {last['epoch']} epochs, {last['seconds']:.0f} s; {alike}")
+        say(f"pictures: {out}/samples, curve: {out}/reward.png")
+        use = f'load_lora_weights("{out}")' if run.cfg.lora_rank else f'unet.from_pretrained("{out}/unet")'
+        say(f'to use it: pipe.{use}, or python rlcm.py --sample "a cat" --load {out}')
     return out
 
 
-# ==================================================== FILES ===================================================
+# =================================================== FILES ==================================================
 @contextmanager
 def aside(path, mode="w"):
     """A file to write that takes the place of `path` once it is whole and on the disk."""
@@ -826,24 +767,31 @@ def aside(path, mode="w"):
     os.replace(f"{path}.part", path)
 
 
-def save_start(run):
-    """The sample grid of the base model, and config.json. A reward that does not work shows here. Raises BadInput."""
-    run.first = draw(run.model, run.cfg, run.shown)
-    run.reward_fn(run.first, run.shown)
-    (run.out / "samples").mkdir(parents=True, exist_ok=True)
-    packages = "torch", "diffusers", "transformers", "peft", "accelerate", "pillow", "numpy"
-    versions = {name: version(name) for name in packages}
-    with aside(run.out / "config.json") as f:
-        json.dump({**asdict(run.cfg), "processes": run.accelerator.num_processes, "versions": versions}, f, indent=1)
-    save_samples(run, 0, run.first)
-
-
-def save_samples(run, epoch, images):
+def save_pictures(run, epoch, images):
     """The sample grid: the same prompts and noise every time, prompt and reward below each picture."""
-    r = run.reward_fn(images, run.shown)
+    r = run.reward_fn(images, run.shown)  # at epoch 0 it shows whether the reward works
     captions = [f"{prompt}  {value:.2f}" for prompt, value in zip(run.shown, r)]
     title = f"epoch {epoch}: reward {r.mean():.3f}, likeness to epoch 0 {likeness(images, run.first):.2f}"
-    sample_grid([images], [captions], run.out / "samples" / f"epoch-{epoch:04d}.png", title)
+    (run.out / "samples").mkdir(parents=True, exist_ok=True)
+    sample_grid(images, captions, run.out / "samples" / f"epoch-{epoch:04d}.png", title)
+
+
+def save_config(run):
+    packages = "torch", "diffusers", "transformers", "peft", "accelerate", "pillow", "numpy"
+    versions = {name: version(name) for name in packages}
+    about = {"processes": run.accelerator.num_processes, "versions": versions}
+    with aside(run.out / "config.json") as f:
+        json.dump(asdict(run.cfg) | about, f, indent=1)
+
+
+def read_config(out):
+    """config.json of a run's folder as a Config. Raises BadInput."""
+    try:
+        saved = json.loads((Path(out) / "config.json").read_text())
+        return Config(**{f.name: saved[f.name] for f in fields(Config)})
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        advice = "give the folder that training printed"
+        raise BadInput(f"{out} is not a run directory of this version ({one_line(e)}): {advice}") from e
 
 
 def save_metrics(rows, path):
@@ -871,17 +819,19 @@ def load_checkpoint(out):
         raise BadInput(f"no readable checkpoint in {out} ({type(e).__name__}): start a new run") from e
 
 
+LORA = "pytorch_lora_weights.safetensors"
+
+
 def save_weights(pipe, out):
     """What was trained, as diffusers has it: pytorch_lora_weights.safetensors, alpha included, or unet/."""
     from peft.utils import get_peft_model_state_dict
 
-    part, name = out / ".saving", "pytorch_lora_weights.safetensors"
+    part, name = out / ".saving", LORA if hasattr(pipe.unet, "peft_config") else "unet"
     shutil.rmtree(part, ignore_errors=True)
-    if hasattr(pipe.unet, "peft_config"):
+    if name == LORA:
         lora, settings = get_peft_model_state_dict(pipe.unet), pipe.unet.peft_config["default"].to_dict()
         type(pipe).save_lora_weights(part, unet_lora_layers=lora, unet_lora_adapter_metadata=settings)
     else:
-        name = "unet"
         pipe.unet.save_pretrained(part / name)
         shutil.rmtree(out / name, ignore_errors=True)
     os.replace(part / name, out / name)
@@ -890,42 +840,29 @@ def save_weights(pipe, out):
 
 def load_weights(model, out):
     """Put the trained weights of a run's folder into a freshly loaded model. Raises BadInput."""
-    pipe = model.pipe
+    unet = model.pipe.unet
     try:
         if (out / "unet").exists():
-            pipe.unet.load_state_dict(type(pipe.unet).from_pretrained(out / "unet").state_dict())
+            unet.load_state_dict(type(unet).from_pretrained(out / "unet").state_dict())
         else:
-            pipe.unet.delete_adapters("default")
-            pipe.load_lora_weights(out, weight_name="pytorch_lora_weights.safetensors")
+            unet.delete_adapters("default")
+            model.pipe.load_lora_weights(out, weight_name=LORA)
     except Exception as e:
         raise BadInput(f"no readable weights in {out}: {one_line(e)}") from e
 
 
-def read_config(out):
-    """config.json of a run's folder as a Config. Raises BadInput."""
-    try:
-        saved = json.loads((Path(out) / "config.json").read_text())
-        return Config(**{f.name: saved[f.name] for f in fields(Config)})
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        advice = "give the folder that training printed"
-        raise BadInput(f"{out} is not a run directory of this version ({one_line(e)}): {advice}") from e
-
-
-# ================================================ COMMAND LINE ================================================
+# =============================================== COMMAND LINE ===============================================
 def sample(cfg, prompts, run=None):
-    """Draw prompts with the base model and, from the same noise, with a run's weights below. -> the picture's path.
-
-    Raises BadInput.
-    """
+    """Draw prompts with the base model and, below, with a run's weights -> the path. Raises BadInput."""
     check(cfg)
     path = Path(cfg.out or Path(run or ".") / "sample.png")
     model = load_model(replace(cfg, kl=0.0))
-    rows, captions = [draw(model, cfg, prompts)], [prompts]  # a fresh adapter changes nothing
+    images, captions = draw(model, cfg, prompts), prompts  # a fresh adapter changes nothing
     if run:
         load_weights(model, Path(run))
-        rows.append(draw(model, cfg, prompts))
-        captions = [[f"base: {p}" for p in prompts], [f"tuned: {p}" for p in prompts]]
-    sample_grid(rows, captions, path)
+        images = torch.cat([images, draw(model, cfg, prompts)])
+        captions = [f"base: {p}" for p in prompts] + [f"tuned: {p}" for p in prompts]
+    sample_grid(images, captions, path, columns=len(prompts))
     say(f"wrote {path}")
     return path
 
@@ -933,7 +870,7 @@ def sample(cfg, prompts, run=None):
 def drawing_config(run, **given):
     """A run's settings for drawing, under those given. Raises BadInput where it has no weights yet."""
     cfg = replace(read_config(run), **({"out": None} | given))
-    if not any((Path(run) / name).exists() for name in ("pytorch_lora_weights.safetensors", "unet")):
+    if not any((Path(run) / name).exists() for name in (LORA, "unet")):
         raise BadInput(f"no weights in {run} yet: a run saves them every --save-every epochs")
     return cfg if cfg.lora_rank else replace(cfg, precision="fp32")  # weights trained in full are float32
 
@@ -945,25 +882,26 @@ def parse(argv):
     def refuse(message):
         raise BadInput(f"{message} (--help lists the flags)")
 
-    parser = HfArgumentParser(Config, allow_abbrev=False, prog="rlcm.py", description=__doc__.split("\n\n")[0])
+    about = __doc__.split("\n\n")[0]
+    parser = HfArgumentParser(Config, allow_abbrev=False, prog="rlcm.py", description=about)
     parser.error = refuse
-    parser.add_argument("--sample", nargs="+", metavar="PROMPT", help="draw these prompts instead of training")
-    parser.add_argument("--load", metavar="RUN", help="with --sample: the run whose weights draw a second row")
+    parser.add_argument("--sample", nargs="+", metavar="PROMPT", help="draw these prompts, do not train")
+    parser.add_argument("--load", metavar="RUN", help="with --sample: the run that draws a second row")
     parser.add_argument("--resume", metavar="RUN", help="go on with this run; only its --epochs may change")
-    parser.set_defaults(**{f.name: None for f in fields(Config)})  # tells what is given from what is not
+    parser.set_defaults(**{f.name: None for f in fields(Config)})  # first, what is given and what is not
     asked = vars(parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0])
-    do = SimpleNamespace(**{name: asked.pop(name) for name in ("sample", "load", "resume")})
     given = {name: value for name, value in asked.items() if value is not None}
-    changed = [name for name in given if name != "epochs"]
+    do = SimpleNamespace(**{name: given.pop(name, None) for name in ("sample", "load", "resume")})
+    changed = [name for name in given if name != "epochs"] + ["sample"] * bool(do.sample)
     if do.load and not do.sample:
         refuse("--load goes with --sample")
-    if do.resume and (do.sample or changed):
-        refuse(f"--{'sample' if do.sample else changed[0].replace('_', '-')} does not go with --resume: only --epochs does")
+    if do.resume and changed:
+        refuse(f"--{changed[0].replace('_', '-')} cannot go with --resume, which changes --epochs at most")
     if do.resume:
         cfg = replace(read_config(do.resume), out=do.resume, **given)
     else:
         cfg = drawing_config(do.load, **given) if do.load else configure(**given)
-    parser.set_defaults(**vars(cfg))  # --help shows the values that this command line would use
+    parser.set_defaults(**vars(cfg))  # then --help shows the values that this command line would use
     unknown = parser.parse_known_args(argv)[1]
     if unknown:
         refuse(f"unknown argument {unknown[0]}")
@@ -971,19 +909,19 @@ def parse(argv):
 
 
 def quiet():
-    """Libraries print errors only, and a progress bar for a download but none for loading."""
-    from diffusers.utils import logging as of_diffusers
+    """Libraries print errors only, and show a progress bar for a download but none for loading."""
+    import diffusers
+    import transformers
     from huggingface_hub.utils import enable_progress_bars
-    from transformers.utils import logging as of_transformers
 
-    for logging in (of_diffusers, of_transformers):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
     enable_progress_bars()
 
 
 def main(argv=None):
-    """The program. -> exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    """The program -> exit status: 0, 2 for bad input, 130 after Ctrl-C."""
     stop = []
 
     def interrupt(*_):  # the first Ctrl-C ends the epoch and saves, the second ends at once
@@ -1002,7 +940,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         status, message = 130, "stopped; a run goes on from its last checkpoint with --resume RUN"
     except torch.OutOfMemoryError as e:
-        status, message = 2, f"out of GPU memory: try a smaller --micro-batch, or --low-memory ({one_line(e)})"
+        status, message = 2, f"out of GPU memory: try a smaller --micro-batch or --low-memory ({one_line(e)})"
     except (BadInput, OSError) as e:  # OSError: a full disk, a folder that cannot be written
         status, message = 2, e
     print(f"rlcm.py: {message}", file=sys.stderr)

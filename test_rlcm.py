@@ -1,192 +1,419 @@
-"""Tests of rlcm.py and rewards.py against independent computations: python -m pytest -q test_rlcm.py"""
+"""Tests of rlcm.py, rewards.py and bench/ against independent computations.
+
+    python -m pytest -q -n 2 --dist loadgroup test_rlcm.py     # two processes of one thread each
+    python -m pytest -q test_rlcm.py                           # one process
+
+They need no network, and run on the CPU also where there is a GPU, unless RLCM_TEST_GPU is set.
+"""
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.update({} if "RLCM_TEST_GPU" in os.environ else {"CUDA_VISIBLE_DEVICES": ""})
+
+import ast
+import contextlib
 import csv
+import inspect
+import io
+import itertools
 import json
 import multiprocessing
-import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from dataclasses import asdict, replace
+import traceback
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
+import accelerate
+import matplotlib.figure  # noqa: F401
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from peft import LoraConfig, inject_adapter_in_model
+from peft.utils import get_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import load_file
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, HfArgumentParser, PreTrainedTokenizerFast
 
-sys.path.insert(1, str(Path(__file__).resolve().parent / "tiny"))
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny"))
 import make_tiny
+
 import rewards
 import rlcm
-from bench import figures
-from rewards import BadInput
-from rlcm import Config, METHODS, advantages, at, gaussian_kl, log_prob, policy_loss, rlcm_policy, rlcm_readout, rlcm_schedule, rollout, update
+from bench import evaluate, plot
+from rlcm import METHODS, Config, advantages, at, gaussian_kl, log_prob, path_kl, policy_loss, rollout, update
 
-HERE = Path(__file__).resolve().parent
-GUIDANCE = rlcm.PRESETS["tiny", "rlcm"]["guidance"]
-SMALL = dict(model="tiny", epochs=2, batch_size=8, micro_batch=4, save_every=1)
+HERE = Path(rlcm.__file__).parent
+PRELOADED = accelerate.Accelerator, HfArgumentParser, tqdm  # for the children, forked from such a process
+SMALL = dict(epochs=2, batch_size=8, micro_batch=4, save_every=1)
+torch.set_num_threads(1)
+rlcm.quiet()
 
 
-@pytest.fixture(scope="session")
+# --------------------------------------------------------------------------------------------------- fixtures
+@pytest.fixture(autouse=True)
+def everything_as_it_was():
+    """The program's Ctrl-C and its seeds stay in its test."""
+    before = signal.getsignal(signal.SIGINT)
+    torch.manual_seed(0)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def scheduler_of(method):
+    """That of the embedded model: rlcm's and tiny/sd's DDIM end without noise."""
+    kind, folder = (LCMScheduler, "lcm") if method == "rlcm" else (DDIMScheduler, "sd")
+    return kind.from_pretrained(HERE / "tiny" / folder / "scheduler")
+
+
+@pytest.fixture
 def lcm_scheduler():
-    from diffusers import LCMScheduler
-    return LCMScheduler.from_pretrained(HERE / "tiny" / "lcm" / "scheduler")
+    return scheduler_of("rlcm")
 
 
 @pytest.fixture(scope="session")
-def model():
-    return rlcm.load_model(rlcm.resolve(Config(model="tiny")), "cpu")
+def loaded():
+    return rlcm.load_model(rlcm.configure(model="tiny"))
+
+
+@pytest.fixture
+def model(loaded):
+    """tiny/lcm with an adapter that is no longer the identity."""
+    return perturbed(loaded)
 
 
 def perturbed(model, scale=0.1):
-    """The model with an adapter that is no longer the identity."""
     with torch.no_grad():
-        for i, (name, p) in enumerate(model.unet.named_parameters()):
-            if "lora_" in name:
-                p.copy_(scale * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+        for i, p in enumerate(model.trained.values()):
+            p.copy_(scale * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
     return model
 
 
+def make_mini(folder, method):
+    """A pipeline of random weights that draws 16x16 pictures: for all that a run does around its network."""
+    torch.manual_seed(0)
+    lcm = method == "rlcm"
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(HERE / "tiny" / "lcm" / "tokenizer")
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    ids = dict(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    text = CLIPTextConfig(**sizes, **ids, max_position_embeddings=tokenizer.model_max_length)
+    blocks = dict(down_block_types=["CrossAttnDownBlock2D"], up_block_types=["CrossAttnUpBlock2D"])
+    blocks |= dict(block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, attention_head_dim=4)
+    blocks |= dict(cross_attention_dim=16, time_cond_proj_dim=16 if lcm else None)
+    unet = UNet2DConditionModel(4, 4, 4, **blocks)
+    blocks = dict(down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3)
+    blocks |= dict(block_out_channels=(4, 4, 8), norm_num_groups=4, mid_block_add_attention=False)
+    vae = AutoencoderKL(3, 3, **blocks, sample_size=16, latent_channels=4, scaling_factor=0.5)
+    unchecked = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipeline = LatentConsistencyModelPipeline if lcm else StableDiffusionPipeline
+    pipe = pipeline(vae, CLIPTextModel(text), tokenizer, unet, scheduler_of(method), **unchecked)
+    pipe.save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture(scope="session")
-def run(tmp_path_factory):
-    """One short real run of the default method, shared by the tests that look at what a run leaves behind."""
-    out = tmp_path_factory.mktemp("runs") / "run"
-    assert rlcm.main(f"--model tiny --epochs 10 --batch_size 48 --micro_batch 24 --lr 3e-3 --save_every 5 --seed 0 --out {out}".split()) is None
-    return out
+def mini(tmp_path_factory):
+    return make_mini(tmp_path_factory.mktemp("mini-lcm"), "rlcm")
+
+
+@pytest.fixture(scope="session")
+def mini_sd(tmp_path_factory):
+    return make_mini(tmp_path_factory.mktemp("mini-sd"), "ddpo")
+
+
+def words(**settings):
+    """A command line."""
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
 
 def metrics(run):
-    return list(csv.DictReader(open(run / "metrics.csv")))
+    with open(run / "metrics.csv") as f:
+        return list(csv.DictReader(f))
 
 
-# ------------------------------------------------------------------------------------------------- kernels and log-prob
+def column(run, name):
+    return [float(row[name]) for row in metrics(run)]
+
+
+def values(run):
+    """All of metrics.csv but the time it took."""
+    return [[v for k, v in row.items() if k != "seconds"] for row in metrics(run)]
+
+
+def same_weights(a, b):
+    """Bit for bit; the file's header may order its entries differently."""
+    a, b = (load_file(run / "pytorch_lora_weights.safetensors") for run in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def plain_pictures(folder, prompts, lora=None, **options):
+    """What a user of diffusers gets, without this repository's code: (B, 3, H, W)."""
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    if lora:
+        pipe.load_lora_weights(lora)
+    g = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+    return pipe(list(prompts), generator=g, output_type="pt", **options).images
+
+
+def place(picture, path):
+    """(y, x) of a picture (3, H, W), enlarged to 128 pixels, in a sheet: by its middle line, then by all."""
+    picture = Image.fromarray(np.uint8(np.rint(picture.permute(1, 2, 0).numpy() * 255)))
+    tile = np.asarray(picture.resize((128, 128), Image.LANCZOS)).astype(np.int16)
+    sheet = np.asarray(Image.open(path).convert("RGB")).astype(np.int16)
+    lines = np.lib.stride_tricks.sliding_window_view(sheet[..., 1], 128, axis=1)  # (H, W - 127, 128)
+    y, x = np.unravel_index(np.abs(lines - tile[64, :, 1]).max(2).argmin(), lines.shape[:2])
+    assert np.abs(sheet[y - 64 : y + 64, x : x + 128] - tile).max() <= 2, "the picture is not in the sheet"
+    return y, x
+
+
+# ------------------------------------------------------------------------------------ kernels, log-prob, KL
+def wave(x, t, c):
+    """An arbitrary network."""
+    return torch.tanh(x * 1.3 + t.view(-1, 1, 1, 1) / 500 - 1) + c
+
+
 @pytest.mark.parametrize("steps", [2, 4, 8, 50])
-def test_kernel_and_readout_equal_diffusers(lcm_scheduler, steps):
-    """A whole trajectory with the same noise, step by step through LCMScheduler.step, for an arbitrary network."""
-    eps = lambda x, t, c: torch.tanh(x * 1.3 + t.view(-1, 1, 1, 1) / 500 - 1) + c
-    s = rlcm_schedule(lcm_scheduler, steps, "cpu")
+def test_rlcm_steps_equal_diffusers(lcm_scheduler, steps):
+    """A whole trajectory with the same noise through LCMScheduler.step, the last step included."""
+    s = rlcm.rlcm_schedule(lcm_scheduler, steps, "cpu")
     x, c = torch.randn(3, 12, 8, 8), torch.randn(3, 1, 1, 1)
     lcm_scheduler.set_timesteps(steps)
     assert s.t.tolist() == lcm_scheduler.timesteps.tolist()
     for i, t in enumerate(lcm_scheduler.timesteps):
-        theirs = lcm_scheduler.step(eps(x, t.expand(3), c), t, x, generator=torch.Generator().manual_seed(i))
-        k = torch.full((3,), i)
-        torch.testing.assert_close(rlcm_readout(eps, x, k, c, s), theirs.denoised, rtol=1e-5, atol=1e-5)
-        if i < steps - 1:
-            mean, std = rlcm_policy(eps, x, k, c, s)
-            ours = mean + std * torch.randn(x.shape, generator=torch.Generator().manual_seed(i))
-            torch.testing.assert_close(ours, theirs.prev_sample, rtol=1e-5, atol=1e-5)
-            x = ours
+        z = torch.randn(x.shape, generator=torch.Generator().manual_seed(i))
+        noise = torch.Generator().manual_seed(i)
+        theirs = lcm_scheduler.step(wave(x, t.expand(3), c), t, x, generator=noise)
+        mean, std = rlcm.rlcm_policy(wave, x, torch.full((3,), i), c, s)
+        f = mean / s.ab_next[i].sqrt()
+        torch.testing.assert_close(f, theirs.denoised, rtol=1e-5, atol=1e-5)
+        x = mean + std * z
+        torch.testing.assert_close(x, theirs.prev_sample, rtol=1e-5, atol=1e-5)
+    assert (s.std[:-1] > 0).all() and s.std[-1] == 0 and s.ab_next[-1] == 1
+    assert s.actions.tolist() == list(range(steps - 1))
 
 
-@pytest.mark.parametrize("steps, alpha_to_one", [(10, False), (50, False), (7, True)])
-def test_ddpo_kernel_equals_ddim_with_eta_one(steps, alpha_to_one):
-    from diffusers import DDIMScheduler
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=alpha_to_one, steps_offset=0 if alpha_to_one else 1)
-    eps = lambda x, t, c: torch.tanh(x * 1.3 + t.view(-1, 1, 1, 1) / 500 - 1)
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_last_noise_is_added_to_what_the_steps_without_it_draw(lcm_scheduler, steps):
+    """And is the only action: x_H is Gaussian around the clean latent that the plain sampler ends with."""
+    plain = rlcm.rlcm_schedule(lcm_scheduler, steps, "cpu")
+    noisy = rlcm.rlcm_schedule(lcm_scheduler, steps, "cpu", last_std=0.6)
+    z, c = torch.randn(steps + 1, 3, 12, 8, 8), torch.randn(3, 1, 1, 1)
+    x, _, _ = rollout(rlcm.rlcm_policy, wave, plain, c, z)
+    y, mean, log_p = rollout(rlcm.rlcm_policy, wave, noisy, c, z)
+    assert noisy.actions.tolist() == [steps - 1]
+    assert torch.equal(x[:-1], y[:-1]) and torch.equal(mean[-1], x[-1])
+    torch.testing.assert_close(y[-1], x[-1] + 0.6 * z[-1])
+    density = torch.distributions.Normal(x[-1], 0.6).log_prob(y[-1])
+    torch.testing.assert_close(log_p[-1], density.mean((1, 2, 3)))
+
+
+@pytest.mark.parametrize("steps, to_one", [(10, False), (50, False), (7, True)])
+def test_ddpo_steps_equal_ddim_with_eta_one(steps, to_one):
+    betas = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    scheduler = DDIMScheduler(**betas, set_alpha_to_one=to_one, steps_offset=0 if to_one else 1)
     s, x = rlcm.ddpo_schedule(scheduler, steps, "cpu"), torch.randn(3, 12, 8, 8)
-    assert len(s.std) == steps and (s.std[:-1] > 0).all() and (s.std[-1] == 0) == alpha_to_one
+    assert len(s.std) == steps and (s.std[:-1] > 0).all() and (s.std[-1] == 0) == to_one
+    assert s.actions.tolist() == list(range(steps - to_one))
     for i, t in enumerate(scheduler.timesteps):
         z = torch.randn(x.shape)
-        mean, std = rlcm.ddpo_policy(eps, x, torch.full((3,), i), None, s)
-        theirs = scheduler.step(eps(x, t.expand(3), None), t, x, eta=1.0, variance_noise=z).prev_sample
+        mean, std = rlcm.ddpo_policy(wave, x, torch.full((3,), i), 0.0, s)
+        theirs = scheduler.step(wave(x, t.expand(3), 0.0), t, x, eta=1.0, variance_noise=z)
         x = mean + std * z
-        torch.testing.assert_close(x, theirs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(x, theirs.prev_sample, rtol=1e-4, atol=1e-5)
 
 
 def test_score_schedule_is_the_vp_sde_of_the_models_betas():
-    """Integral of beta by quadrature over the model's own betas: dX = -1/2 beta X dt + sqrt(beta) dB has ab(t) = exp(-integral)."""
-    from diffusers import DDIMScheduler
+    """dX = -1/2 beta X dt + sqrt(beta) dB has ab(t) = exp(-integral): by quadrature over the betas."""
     scheduler = DDIMScheduler.from_pretrained(HERE / "tiny" / "sd" / "scheduler")
     s = rlcm.score_schedule(scheduler, 12, "cpu")
-    rate = -np.log(1 - scheduler.betas.double().numpy())  # beta(t) on [j - 1, j], per timestep
-    integral = lambda t: np.trapezoid([rate[min(int(np.ceil(u)), 999)] for u in np.linspace(1e-9, t, 20_001)], dx=t / 20_000) + rate[0]
+    rate = -np.log(1 - scheduler.betas.double().numpy())  # beta(t) on [j - 1, j]
     t = s.t.double().tolist() + [0.0]
+
+    def integral(t):
+        points = np.linspace(1e-9, t, 20_001)
+        return np.trapezoid(rate[np.ceil(points).astype(int).clip(max=999)], dx=t / 20_000) + rate[0]
+
     for k in (0, 5, 11):
         assert -np.log(s.ab[k].item()) == pytest.approx(integral(t[k]), rel=1e-3)
-        assert s.std[k].item() ** 2 == pytest.approx(integral(t[k]) - (integral(t[k + 1]) if t[k + 1] else rate[0]), rel=5e-3)
-    assert (s.t.diff() < 0).all() and s.t[0] == 999
+        assert s.std[k].item() ** 2 == pytest.approx(integral(t[k]) - integral(t[k + 1]), rel=5e-3)
+    assert (s.t.diff() < 0).all() and s.t[0] == 999 and s.actions.tolist() == list(range(12))
+    assert torch.equal(s.ab[1:], s.ab_next[:-1])
 
 
-def test_score_kernel_is_euler_maruyama_and_converges_to_the_data():
-    """The step by hand; and with the exact score of N(0.3, 1) many steps end at that law (of data at t = 0)."""
+def test_score_step_is_euler_maruyama_and_converges_to_the_data():
+    """The step by hand; and with the exact score of N(0.3, 1) many steps end at that law."""
     m = Gaussian("score", 50, 0.3)
     x, k = torch.randn(6, 1, 1, 1), torch.tensor([0, 3, 10, 20, 40, 49])
-    mean, std = METHODS["score"][1](m.eps, x, k, None, m.s)
-    beta_dt, ab = (v[k].view(-1, 1, 1, 1) for v in (m.s.std**2, m.s.ab))
+    mean, std = rlcm.score_policy(m.eps, x, k, None, m.s)
+    beta_dt, ab = at(m.s.std, k) ** 2, at(m.s.ab, k)
     torch.testing.assert_close(mean, x + (x / 2 - (x - ab.sqrt() * 0.3)) * beta_dt, atol=1e-5, rtol=1e-4)
-    roll = rollout(m, "score", m.s, torch.zeros(20_000, 1, 1), torch.randn(51, 20_000, 1, 1, 1, generator=torch.Generator().manual_seed(0)), 20_000)
-    assert roll.x[-1].mean().item() == pytest.approx(0.3, abs=0.03) and roll.x[-1].var().item() == pytest.approx(1.0, rel=0.05)
+    torch.testing.assert_close(std**2, beta_dt)
+    x, _, _ = m.rollout(20_000, seed=0)
+    assert x[-1].mean().item() == pytest.approx(0.3, abs=0.03)
+    assert x[-1].var().item() == pytest.approx(1.0, rel=0.05)
 
 
-def test_schedule_of_mixed_timesteps_equals_one_at_a_time(lcm_scheduler):
-    """The update flattens timesteps into one batch: row k of a mixed batch is the kernel at k."""
-    eps = lambda x, t, c: x * (t.view(-1, 1, 1, 1) / 1000)
-    s, x = rlcm_schedule(lcm_scheduler, 8, "cpu"), torch.randn(7, 2, 3, 3)
-    mean, std = rlcm_policy(eps, x, torch.arange(7), None, s)
-    for k in range(7):
-        m, sd = rlcm_policy(eps, x[k : k + 1], torch.tensor([k]), None, s)
-        assert torch.equal(mean[k : k + 1], m) and torch.equal(std[k : k + 1], sd)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_batch_of_mixed_steps_equals_one_at_a_time(method):
+    """The update flattens steps into one batch: row k of a mixed batch is the kernel at k."""
+    schedule, policy = METHODS[method]
+    s, x = schedule(scheduler_of(method), 8, "cpu"), torch.randn(8, 2, 3, 3)
+    mean, std = policy(wave, x, torch.arange(8), 0.0, s)
+    assert std.shape == (8, 1, 1, 1)
+    for k in range(8):
+        one = policy(wave, x[k : k + 1], torch.tensor([k]), 0.0, s)
+        assert torch.equal(mean[k : k + 1], one[0]) and torch.equal(std[k : k + 1], one[1])
 
 
 def test_log_prob_and_kl_equal_torch_distributions():
-    x, mean, other, std = torch.randn(5, 4, 8, 8), torch.randn(5, 4, 8, 8), torch.randn(5, 4, 8, 8), torch.rand(5, 1, 1, 1) + 0.1
+    x, mean, other = torch.randn(3, 5, 4, 8, 8)
+    std = torch.rand(5, 1, 1, 1) + 0.1
     p, q = torch.distributions.Normal(mean, std), torch.distributions.Normal(other, std)
     torch.testing.assert_close(log_prob(x, mean, std), p.log_prob(x).mean((1, 2, 3)))
-    torch.testing.assert_close(gaussian_kl(mean, other, std), torch.distributions.kl_divergence(p, q).sum((1, 2, 3)))
+    kl = torch.distributions.kl_divergence(p, q)
+    torch.testing.assert_close(gaussian_kl(mean, other, std), kl.sum((1, 2, 3)))
 
 
-# ------------------------------------------------------------------------------------------------------ ratio, gradients
-def rolled(model, cfg, B=8, reference=False, steps=4):
-    s = rlcm_schedule(model.pipe.scheduler, steps, "cpu")
-    c = model.encode(["a cat", "dog", "pizza", "red apple"] * (B // 4))
-    z = torch.randn(steps, B, *model.shape, generator=torch.Generator().manual_seed(5))
-    return s, c, rollout(model, "rlcm", s, c, z, cfg.micro_batch, reference)
+def test_a_step_without_noise_has_log_prob_and_kl_zero_and_no_gradient():
+    """Beside a noisy row, whose values stay what they are alone; x_next = mean makes 0/0 of a density."""
+    mean = torch.randn(3, 2, 4, 4, requires_grad=True)
+    std = torch.tensor([0.0, 0.5, 0.0]).view(3, 1, 1, 1).requires_grad_()
+    x, other = mean.detach().clone(), torch.randn(3, 2, 4, 4)
+    x[1:] += 0.3
+    for fn, given in ((log_prob, (x, mean, std)), (gaussian_kl, (mean, other, std))):
+        value = fn(*given)
+        assert value[0] == value[2] == 0 and value[1] != 0
+        torch.testing.assert_close(value[1:2], fn(*(v[1:2] for v in given)))
+        for g in torch.autograd.grad(value.sum(), (mean, std)):
+            assert g.isfinite().all() and not g[0].any() and not g[2].any() and g[1].any()
 
 
-@pytest.mark.parametrize("updates, micro_batch", [(1, 8), (1, 3), (2, 2)])
-def test_ratio_is_exactly_one_before_the_first_step(model, updates, micro_batch):
-    perturbed(model)
-    cfg = rlcm.resolve(Config(model="tiny", updates=updates, micro_batch=micro_batch, kl=0.0))
-    cfg.micro_batch = rlcm.micro_batch_of(cfg, 8 // updates)
-    s, c, roll = rolled(model, cfg)
-    params = [p for p in model.unet.parameters() if p.requires_grad]
-    before = [p.clone() for p in params]
-    log = update(model, cfg, Accelerator(cpu=True), torch.optim.SGD(params, 1e-3), s, c, roll, torch.randn(8), torch.ones(8))
-    assert log["ratio_drift"] == 0.0
+@pytest.mark.parametrize("method, last_is_noisy", [("rlcm", False), ("ddpo", False), ("score", True)])
+def test_the_log_prob_of_a_rollout_is_that_of_its_steps(method, last_is_noisy):
+    """On the embedded models' schedules: rlcm's and tiny/sd's DDIM end without noise, 0 there and not NaN."""
+    schedule, policy = METHODS[method]
+    s, z = schedule(scheduler_of(method), 5, "cpu"), torch.randn(6, 3, 2, 4, 4)
+    c = torch.randn(3, 1, 1, 1)
+    x, mean, log_p = rollout(policy, wave, s, c, z)
+    assert torch.equal(x[0], z[0]) and log_p.shape == (5, 3)
+    noisy = torch.tensor([True] * 4 + [last_is_noisy])
+    assert torch.equal(s.std > 0, noisy)
+    for k in range(5):
+        density = torch.distributions.Normal(mean[k], s.std[k] if noisy[k] else 1.0).log_prob(x[k + 1])
+        torch.testing.assert_close(log_p[k], density.mean((1, 2, 3)) * noisy[k])
+        torch.testing.assert_close(x[k + 1], mean[k] + s.std[k] * z[k + 1])
+    _, kl = path_kl(policy, lambda x, t, c: wave(x, t, 0), s, c, x, mean)
+    assert torch.equal((kl > 0).all(1), noisy) and torch.equal((kl == 0).all(1), ~noisy)
+    with pytest.raises(AssertionError):
+        rollout(policy, wave, s, c, z[:-1])
+
+
+def test_the_method_part_works_alone():
+    """Cut out of the file and run with torch, numpy and SimpleNamespace only, on a small network."""
+    source = (HERE / "rlcm.py").read_text()
+    part = source[source.index("= METHOD =") : source.index("= TRAINING =")]
+    lift = {"torch": torch, "np": np, "SimpleNamespace": SimpleNamespace}
+    exec("#" + part, lift)
+    lift = SimpleNamespace(**lift)
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 2))
+    pretrained = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 2))
+
+    def noise_of(network):
+        return lambda x, t, c: network(torch.cat([x[:, :, 0, 0], t[:, None] / 1000, c[:, 0]], 1)).view_as(x)
+
+    for method, (schedule, policy) in lift.METHODS.items():
+        before = [p.detach().clone() for p in network.parameters()]
+        s = schedule(scheduler_of(method), 4, "cpu")
+        c, z, prompts = torch.rand(8, 1, 1), torch.randn(5, 8, 2, 1, 1), ["a", "b"] * 4
+        x, mean, log_p = lift.rollout(policy, noise_of(network), s, c, z)
+        mean_pre, kl = lift.path_kl(policy, noise_of(pretrained), s, c, x, mean)
+        A, inv_std = lift.advantages(-x[-1].norm(dim=1).flatten() - kl.sum(0), prompts, {}, 8, 2, 10.0)
+        optimizer = torch.optim.SGD(network.parameters(), 0.1)
+        charge = dict(mean_pre=mean_pre, kl_weight=0.1 * inv_std)
+        log = lift.update(policy, noise_of(network), s, c, x, log_p, A, optimizer, 8, **charge)
+        assert log["ratio_drift"] == 0 and log["grad_norm"] > 0 and all(np.isfinite(v) for v in log.values())
+        assert all(not torch.equal(a, b) for a, b in zip(before, network.parameters()))
+
+
+# ---------------------------------------------------------------------------------------- ratio and gradients
+def rolled(model, micro_batch, kl=False, steps=4, B=8):
+    """Experience with a real model: arguments of `update` up to log_p_old, and mean_pre."""
+    s, policy = rlcm.rlcm_schedule(model.pipe.scheduler, steps, "cpu"), rlcm.rlcm_policy
+    c = rlcm.encode(model.pipe, ["a cat", "dog", "pizza", "red apple"] * (B // 4))
+    z = torch.randn(steps + 1, B, *model.shape, generator=torch.Generator().manual_seed(5))
+    batches = [slice(i, i + micro_batch) for i in range(0, B, micro_batch)]
+    parts = [rollout(policy, model.eps, s, c[b], z[:, b]) for b in batches]
+    x, mean, log_p = (torch.cat(part, 1) for part in zip(*parts))
+    mean_pre = None
+    if kl:
+        with rlcm.pretrained(model) as eps_pre:
+            mean_pre, _ = path_kl(policy, eps_pre, s, c, x, mean)
+    return (policy, model.eps, s, c, x, log_p), mean_pre
+
+
+@pytest.mark.parametrize("updates, micro_batch", [(1, 8), (1, 4), (2, 2)])
+def test_the_ratio_is_exactly_one_before_the_first_step(model, updates, micro_batch):
+    given, _ = rolled(model, micro_batch)
+    params = list(model.trained.values())
+    before, A = [p.detach().clone() for p in params], torch.randn(8)
+    log = update(*given, A, torch.optim.SGD(params, 1e-3), micro_batch, updates=updates)
+    assert log["ratio_drift"] == 0.0 and (updates > 1 or log["approx_kl"] == log["clip_fraction"] == 0.0)
     assert log["grad_norm"] > 0 and any(not torch.equal(a, b) for a, b in zip(before, params))
-    drift = update(model, cfg, Accelerator(cpu=True), torch.optim.SGD(params, 0.0), s, c, roll, torch.randn(8), torch.ones(8))["ratio_drift"]
-    assert drift > 0  # the metric sees a policy that has moved
+    log = update(*given, A, torch.optim.SGD(params, 0.0), micro_batch, updates=updates)
+    assert log["ratio_drift"] > 0 and log["approx_kl"] > 0  # the metrics see a policy that has moved
 
 
-def gradient(model, cfg, B=8, kl=0.0):
-    """Gradient of one optimizer step of `update`, read from an SGD step of size one."""
-    perturbed(model)
-    cfg = replace(cfg, kl=kl, max_grad_norm=1e9)
-    s, c, roll = rolled(model, cfg, B, reference=kl > 0)
-    params = [p for p in model.unet.parameters() if p.requires_grad]
+def gradient(model, micro_batch=4, algo="ppo", kl=0.0, B=8):
+    """Gradient of `update`, read from a step of plain gradient descent."""
+    given, mean_pre = rolled(perturbed(model), micro_batch, kl > 0, B=B)
+    params = list(model.trained.values())
     before = [p.detach().clone() for p in params]
     A = torch.randn(B, generator=torch.Generator().manual_seed(9))
-    update(model, cfg, Accelerator(cpu=True), torch.optim.SGD(params, 1.0), s, c, roll, A, torch.ones(B))
+    charge = dict(mean_pre=mean_pre, kl_weight=torch.full((B,), kl))
+    update(*given, A, torch.optim.SGD(params, 1.0), micro_batch, algo, max_grad_norm=1e9, **charge)
     return torch.cat([(b - p.detach()).flatten() for b, p in zip(before, params)])
 
 
 def test_ppo_and_reinforce_gradients_agree_at_ratio_one(model):
-    cfg = rlcm.resolve(Config(model="tiny", micro_batch=4, kl=0.0))
-    ppo, reinforce = gradient(model, cfg), gradient(model, replace(cfg, algo="reinforce"))
+    ppo, reinforce = gradient(model), gradient(model, algo="reinforce")
     assert ppo.norm() > 1e-4
     torch.testing.assert_close(ppo, reinforce, rtol=1e-3, atol=1e-6)
 
 
 def test_micro_batch_changes_memory_not_the_gradient(model):
-    cfg = rlcm.resolve(Config(model="tiny"))
-    small, large = gradient(model, replace(cfg, micro_batch=2), kl=0.1), gradient(model, replace(cfg, micro_batch=8), kl=0.1)
-    assert (small - large).norm() < 1e-3 * large.norm()
+    small, large = gradient(model, 2, kl=0.1), gradient(model, 8, kl=0.1)
+    assert large.norm() > 1e-4 and (small - large).norm() < 1e-3 * large.norm()
+
+
+def test_low_memory_gives_the_same_gradient(model):
+    cfg = rlcm.configure(model="tiny", low_memory=True)
+    assert cfg.micro_batch == 1
+    lean = rlcm.load_model(cfg)
+    assert lean.pipe.unet.is_gradient_checkpointing and not model.pipe.unet.is_gradient_checkpointing
+    assert lean.pipe.vae.use_slicing and not model.pipe.vae.use_slicing
+    a, b = gradient(lean, 1, kl=0.1, B=4), gradient(model, 4, kl=0.1, B=4)
+    assert b.norm() > 1e-4 and (a - b).norm() < 1e-3 * b.norm()
 
 
 def test_ppo_clips_only_what_profits():
@@ -195,36 +422,31 @@ def test_ppo_clips_only_what_profits():
     loss, ratio = policy_loss(new, old, A, "ppo", 0.1)
     loss.sum().backward()
     torch.testing.assert_close(ratio, new.detach().exp())
-    assert (new.grad != 0).tolist() == [False, True, True, False]  # up with A > 0 and down with A < 0 are clipped
-    torch.testing.assert_close(loss.detach(), torch.tensor([-1.1, -np.exp(-0.5), np.exp(0.5), 0.9], dtype=torch.float32))
-
-
-def test_low_memory_gives_the_same_gradient(model):
-    cfg = rlcm.resolve(Config(model="tiny", low_memory=True))
-    assert cfg.micro_batch == 1
-    lean = rlcm.load_model(cfg, "cpu")
-    assert lean.unet.is_gradient_checkpointing and not model.unet.is_gradient_checkpointing and lean.pipe.vae.use_slicing
-    a, b = gradient(lean, cfg, B=4, kl=0.1), gradient(model, replace(cfg, low_memory=False), B=4, kl=0.1)
-    assert b.norm() > 1e-4 and (a - b).norm() < 1e-3 * b.norm()
+    assert (new.grad != 0).tolist() == [False, True, True, False]  # up with A > 0, down with A < 0: clipped
+    torch.testing.assert_close(loss.detach(), torch.tensor([-1.1, -np.exp(-0.5), np.exp(0.5), 0.9]).float())
 
 
 class Gaussian:
-    """Data N(theta, 1), D = 1: noised data is N(sqrt(ab) theta, 1), so score, eps and consistency function are closed forms, and every
-    kernel is linear: mean = slope_k x + shift_k theta. `eps` is the network that makes the program's own parametrisation produce them."""
+    """Data N(theta, 1): noised data is N(sqrt(ab) theta, 1).
 
-    def __init__(self, method, steps, theta):
-        from diffusers import DDIMScheduler, LCMScheduler
-        kind, folder = (LCMScheduler, "lcm") if method == "rlcm" else (DDIMScheduler, "sd")
-        self.method, self.unet, self.pre = method, torch.nn.Identity(), torch.tensor(theta)
-        self.s, self.theta = METHODS[method][0](kind.from_pretrained(HERE / "tiny" / folder / "scheduler"), steps, "cpu"), torch.nn.Parameter(torch.tensor(theta))
+    Score, eps and consistency function are closed forms, and all kernels linear: slope_k x + shift_k theta.
+    `eps` is the network that makes the program's own parametrisation produce them.
+    """
+
+    def __init__(self, method, steps, theta, shape=(1, 1, 1), **options):
+        schedule, self.policy = METHODS[method]
+        self.method, self.shape, self.pre = method, shape, torch.tensor(theta)
+        self.s = schedule(scheduler_of(method), steps, "cpu", **options)
+        self.theta = torch.nn.Parameter(torch.tensor(theta))
 
     def network(self, x, t, theta):
-        v = lambda name: at(getattr(self.s, name), torch.searchsorted(-self.s.t, -t))  # of each t
-        ab = v("ab")
+        k = torch.searchsorted(-self.s.t, -t)
+        ab = at(self.s.ab, k)
         if self.method != "rlcm":
             return (1 - ab).sqrt() * (x - ab.sqrt() * theta)  # -sqrt(1 - ab) score
-        x_0 = (theta + x - ab.sqrt() * theta - v("c_skip") * x) / v("c_out")  # f(x, t) = theta + (x - sqrt(ab) theta)
-        return (x - ab.sqrt() * x_0) / (1 - ab).sqrt()
+        f = theta + (x - ab.sqrt() * theta)
+        clean = (f - at(self.s.c_skip, k) * x) / at(self.s.c_out, k)
+        return (x - ab.sqrt() * clean) / (1 - ab).sqrt()
 
     def eps(self, x, t, c):
         return self.network(x, t, self.theta)
@@ -232,73 +454,167 @@ class Gaussian:
     def eps_pre(self, x, t, c):
         return self.network(x, t, self.pre)
 
-    def decode(self, latents):
-        return latents
+    def rollout(self, N, seed, c=None):
+        g = torch.Generator().manual_seed(seed)
+        z = torch.randn(len(self.s.std) + 1, N, *self.shape, generator=g)
+        return rollout(self.policy, self.eps, self.s, torch.zeros(N, 1, 1) if c is None else c, z)
+
+    def path_kl(self, x, mean):
+        return path_kl(self.policy, self.eps_pre, self.s, torch.zeros(x.shape[1], 1, 1), x, mean)
+
+    def descend(self, x, log_p, A, optimizer=None, c=None, **options):
+        """`update`, by default plain gradient descent in one micro-batch without clipping -> its metrics."""
+        c = torch.zeros(len(log_p[0]), 1, 1) if c is None else c
+        optimizer = optimizer or torch.optim.SGD([self.theta], 1.0)
+        options = {"micro_batch": log_p.numel(), "max_grad_norm": 1e9} | options
+        return update(self.policy, self.eps, self.s, c, x, log_p, A, optimizer, **options)
 
     def kernels(self):
         """(slope_k, shift_k) from the papers' formulas, double precision."""
-        ab, std = self.s.ab.double(), self.s.std.double()
+        ab, ab_next, std = self.s.ab.double(), self.s.ab_next.double(), self.s.std.double()
         if self.method == "rlcm":  # sqrt(ab') f
-            return [(ab[k + 1].sqrt(), ab[k + 1].sqrt() * (1 - ab[k].sqrt())) for k in range(len(std))]
+            return [(b.sqrt(), b.sqrt() * (1 - a.sqrt())) for a, b in zip(ab, ab_next)]
         if self.method == "score":  # x + beta dt (x / 2 - (x - sqrt(ab) theta))
             return [(1 - b / 2, b * a.sqrt()) for a, b in zip(ab, std**2)]
         out = []
-        for a, a_next, sigma in zip(ab, self.s.ab_next.double(), std):  # DDIM: sqrt(ab') E[x_0 | x] + sqrt(1 - ab' - sigma^2) eps
-            direction = (1 - a_next - sigma**2).clamp(min=0).sqrt() * (1 - a).sqrt()
-            out.append((a_next.sqrt() * a.sqrt() + direction, a_next.sqrt() * (1 - a) - direction * a.sqrt()))
+        for a, b, sigma in zip(ab, ab_next, std):  # DDIM: sqrt(ab') E[x_0 | x] + sqrt(1 - ab' - sigma^2) eps
+            direction = (1 - b - sigma**2).clamp(min=0).sqrt() * (1 - a).sqrt()
+            out.append((b.sqrt() * a.sqrt() + direction, b.sqrt() * (1 - a) - direction * a.sqrt()))
         return out
 
 
-@pytest.mark.parametrize("method, algo, steps", [("rlcm", "ppo", 2), ("rlcm", "reinforce", 4), ("rlcm", "ppo", 4), ("ddpo", "ppo", 5), ("score", "reinforce", 6), ("score", "ppo", 6)])
-def test_policy_gradient_is_unbiased_on_gaussian_data(method, algo, steps):
-    """Monte-Carlo gradient of E[r], r = -(x - 2)^2 / 2, against the closed form, through rollout and update themselves.
+LAST = {"last_std": 0.6}
+CASES = [
+    ("rlcm", "ppo", 2, {}),
+    ("rlcm", "reinforce", 4, {}),
+    ("rlcm", "ppo", 1, LAST),
+    ("rlcm", "ppo", 4, LAST),
+    ("ddpo", "ppo", 5, {}),
+    ("score", "ppo", 6, {}),
+]
 
-    Mean and derivative of the mean follow by recursion, and the variance does not depend on theta. RLCM's last evaluation and DDIM's
-    last step are no actions: their theta is a constant.
+
+@pytest.mark.parametrize("method, algo, steps, options", CASES)
+def test_the_policy_gradient_is_unbiased_on_gaussian_data(method, algo, steps, options):
+    """Monte-Carlo gradient of E[r], r = -(x - 2)^2 / 2, through rollout and update, against the closed form.
+
+    Mean and derivative of the mean follow by recursion; the variance does not depend on theta. In a step that
+    is no action theta counts as a constant. With a last noise r is half its lead over its mirror image's.
     """
-    theta, N, repeats = 0.3, 4096, 40
-    m = Gaussian(method, steps, theta)
-    T, mu, dmu = len(m.s.std), torch.zeros(()).double(), torch.zeros(()).double()
-    for (slope, shift), std in zip(m.kernels(), m.s.std):
-        mu, dmu = slope * mu + shift * theta, slope * dmu + shift * (std > 0)
-    mean = mu + (theta * (1 - m.s.ab[-1].double().sqrt()) if method == "rlcm" else 0)  # f of the last evaluation has slope 1 in x
-    exact = -(mean - 2) * dmu  # dE[r] / dtheta
-    cfg = replace(rlcm.resolve(Config(model="tiny", method=method, algo=algo, steps=steps, kl=0.0)), micro_batch=N, max_grad_norm=1e9)
-    accelerator, estimates = Accelerator(cpu=True), []
+    theta, N, repeats = 0.3, 16_384, 12
+    m = Gaussian(method, steps, theta, **options)
+    mu = dmu = torch.zeros(()).double()
+    for k, (slope, shift) in enumerate(m.kernels()):
+        mu, dmu = slope * mu + shift * theta, slope * dmu + shift * (k in m.s.actions)
+    exact = -(mu - 2) * dmu  # dE[r] / dtheta
+    estimates = torch.empty(repeats).double()
     for i in range(repeats):
         m.theta.data.fill_(theta)
-        z = torch.randn(T + 1, N, 1, 1, 1, generator=torch.Generator().manual_seed(i))
-        pictures = []
-        roll = rollout(m, method, m.s, torch.zeros(N, 1, 1), z, N, on_pictures=lambda images, b: pictures.append(images))
-        r = -((torch.cat(pictures).flatten() - 2) ** 2) / 2
-        update(m, cfg, accelerator, torch.optim.SGD([m.theta], 1.0), m.s, torch.zeros(N, 1, 1), roll, r - r.mean(), torch.ones(N))
-        estimates.append((m.theta.item() - theta) * int((m.s.std > 0).sum()))  # the loss averages over the actions; DDIM's last step is none
-    estimates = torch.tensor(estimates, dtype=torch.double)
+        x, mean, log_p = m.rollout(N, seed=i)
+        r, mirrored = (-((end.flatten() - 2) ** 2) / 2 for end in (x[-1], 2 * mean[-1] - x[-1]))
+        m.descend(x, log_p, (r - mirrored) / 2 if options else r - r.mean(), algo=algo)
+        estimates[i] = (m.theta.item() - theta) * len(m.s.actions)  # the loss is a mean over the actions
     error = estimates.std() / repeats**0.5
     assert error < 0.15 * exact.abs()
     assert (estimates.mean() - exact).abs() < 3.5 * error, (estimates.mean(), exact, error)
 
 
-@pytest.mark.parametrize("method, steps", [("rlcm", 4), ("ddpo", 5), ("score", 6)])
-def test_kl_and_its_gradient_are_the_closed_form(method, steps):
-    """KL_k = shift_k^2 (theta - theta_pre)^2 / (2 std_k^2): for `score` that is 1/2 beta dt |s_theta - s_pre|^2, Girsanov's.
-    With zero advantage the update moves theta by lambda times its mean slope."""
+@pytest.mark.parametrize("method, algo, steps, options", CASES[1:])
+def test_the_kl_and_its_gradient_are_the_closed_form(method, algo, steps, options):
+    """KL_k = D shift_k^2 (theta - theta_pre)^2 / (2 std_k^2).
+
+    For `score` that is 1/2 beta dt |s_theta - s_pre|^2, Girsanov's. Without advantages the update moves theta
+    by lambda times the mean slope of KL_k / D.
+    """
     theta, pre, N = 0.7, 0.2, 16
-    m = Gaussian(method, steps, pre)
+    m = Gaussian(method, steps, pre, (2, 3, 1), **options)
     m.theta.data.fill_(theta)
-    T = len(m.s.std)
-    roll = rollout(m, method, m.s, torch.zeros(N, 1, 1), torch.randn(T + 1, N, 1, 1, 1, generator=torch.Generator().manual_seed(0)), N, reference=True)
-    random = m.s.std > 0  # DDIM's last step is no action
-    shift2 = torch.stack([shift**2 for _, shift in m.kernels()])[random] / m.s.std[random].double() ** 2
-    assert random.sum() == T - (method == "ddpo") and not roll.kl[~random].any()
-    torch.testing.assert_close(roll.kl[random].double(), (shift2 * (theta - pre) ** 2 / 2)[:, None].expand(-1, N), rtol=2e-3, atol=1e-6)
-    cfg = replace(rlcm.resolve(Config(model="tiny", method=method, kl=2.0)), micro_batch=N, max_grad_norm=1e9)
-    update(m, cfg, Accelerator(cpu=True), torch.optim.SGD([m.theta], 1.0), m.s, torch.zeros(N, 1, 1), roll, torch.zeros(N), torch.full((N,), 3.0))
-    assert theta - m.theta.item() == pytest.approx(2.0 * 3.0 * (theta - pre) * shift2.mean().item(), rel=2e-3)
+    x, mean, log_p = m.rollout(N, seed=0)
+    mean_pre, kl = m.path_kl(x, mean)
+    actions = m.s.actions
+    assert len(actions) == (1 if options else steps - (method != "score"))
+    shift2 = torch.stack([shift**2 for _, shift in m.kernels()])[actions] / m.s.std[actions].double() ** 2
+    exact = torch.zeros(steps).double()
+    exact[actions] = 6 * shift2 * (theta - pre) ** 2 / 2
+    torch.testing.assert_close(kl.double(), exact[:, None].expand(-1, N), rtol=2e-3, atol=1e-6)
+    charge = dict(mean_pre=mean_pre, kl_weight=torch.full((N,), 5.0))
+    m.descend(x, log_p, torch.zeros(N), algo=algo, **charge)
+    assert theta - m.theta.item() == pytest.approx(5.0 * (theta - pre) * shift2.mean().item(), rel=2e-3)
+
+
+class Prompted(Gaussian):
+    """A theta for each prompt; c holds the prompt's number."""
+
+    def __init__(self, method, steps, theta, prompts, shape):
+        super().__init__(method, steps, theta, shape)
+        self.theta = torch.nn.Parameter(torch.full((prompts,), theta))
+
+    def eps(self, x, t, c):
+        return self.network(x, t, self.theta[c[:, 0, 0].long()].view(-1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("micro_batch", [1, 5, 60])
+def test_each_prompt_is_charged_its_own_kl_weight(micro_batch):
+    """The theta of a prompt moves by the closed form times its own weight, cut as the batch may be."""
+    theta, pre, B, prompts, steps = 0.7, 0.2, 12, 3, 6
+    m = Prompted("score", steps, theta, prompts, (1, 2, 1))
+    m.pre = torch.tensor(pre)
+    index, weight = torch.arange(B) % prompts, torch.tensor([0.5, 2.0, 0.0])
+    c = index.view(-1, 1, 1).float()
+    x, mean, log_p = m.rollout(B, seed=0, c=c)
+    mean_pre, _ = m.path_kl(x, mean)
+    charge = dict(mean_pre=mean_pre, kl_weight=weight[index])
+    m.descend(x, log_p, torch.zeros(B), c=c, micro_batch=micro_batch, **charge)
+    shift2 = torch.stack([shift**2 for _, shift in m.kernels()]) / m.s.std.double() ** 2
+    slope = (theta - pre) * shift2.mean().item()  # of KL / D
+    torch.testing.assert_close(theta - m.theta.detach(), weight * slope / prompts, rtol=2e-3, atol=1e-6)
+
+
+def test_updates_are_steps_on_shares_of_the_pictures():
+    """Three optimizer steps are three calls on a third of x, log-prob, advantages, prompts, KL weights."""
+    states = []
+    for updates in (1, 3):
+        m = Prompted("score", 4, 0.5, 2, (1, 2, 2))
+        c = (torch.arange(12) % 2).view(-1, 1, 1).float()
+        x, mean, log_p = m.rollout(12, seed=1, c=c)
+        A, weight = torch.linspace(-1, 1, 48).view(4, 12).roll(5, 1), torch.linspace(0, 2, 12)
+        mean_pre = mean + 0.1
+        parts = [slice(0, 12)] if updates == 3 else [slice(0, 4), slice(4, 8), slice(8, 12)]
+        for b in parts:
+            charge = dict(mean_pre=mean_pre[:, b], kl_weight=weight[b])
+            options = dict(c=c[b], updates=updates, micro_batch=4, clip_range=0.05)
+            m.descend(x[:, b], log_p[:, b], A[:, b], **options, **charge)
+        states.append(m.theta.detach().clone())
+    assert (states[0] - 0.5).abs().min() > 1e-3
+    torch.testing.assert_close(states[0], states[1], rtol=1e-6, atol=1e-7)
+
+
+def test_the_gradient_is_clipped_and_accumulated_by_the_functions_given():
+    """max_grad_norm bounds the step; `backward` sees the loss of every micro-batch, as Accelerate's does."""
+    m, seen = Gaussian("score", 4, 0.3), []
+    x, _, log_p = m.rollout(8, seed=0)
+    A = 100 * torch.ones(8)
+    log = m.descend(x, log_p, A, max_grad_norm=0.25)
+    assert log["grad_norm"] > 0.25 and (m.theta - 0.3).abs().item() == pytest.approx(0.25, rel=1e-3)
+    steps = []
+    for factor in (1, 2):
+        m.theta.data.fill_(0.3)
+
+        def backward(loss, factor=factor):
+            seen.append(loss.item())
+            (factor * loss).backward()
+
+        def unlimited(parameters, max_norm):
+            return torch.nn.utils.clip_grad_norm_(parameters, 1e9)
+
+        own = dict(backward=backward, clip_grad_norm=unlimited)
+        m.descend(x, log_p, A, micro_batch=8, max_grad_norm=0.1, **own)
+        steps.append(m.theta.item() - 0.3)
+    assert len(seen) == 2 * 4 and steps[1] == pytest.approx(2 * steps[0], rel=1e-4)
 
 
 class LinearScore(Gaussian):
-    """Score -(1 + a_k) x + b_k of unit-variance data at mean zero, a and b of each step to be learned."""
+    """Score -(1 + a_k) x + b_k of data N(0, 1), a and b of each step to be learned."""
 
     def __init__(self, steps):
         super().__init__("score", steps, 0.0)
@@ -310,701 +626,892 @@ class LinearScore(Gaussian):
 
 
 def test_score_reaches_the_tilted_gaussian():
-    """r = -(x - 2)^2 / 2 and lambda = 1 on data N(0, 1): the optimum is p(x) exp(r(x)) = N(1, 1/2). Rollout, value function and update are the program's.
-    With 48 Euler-Maruyama steps the best policy of this kind ends at mean 1.011 and variance 0.518 (a linear-quadratic problem, solved by hand)."""
-    steps, N, lam, iterations = 48, 512, 1.0, 80
-    torch.manual_seed(0)
-    m, V = LinearScore(steps), rlcm.Value(1)
-    cfg = replace(rlcm.resolve(Config(model="tiny", method="score", steps=50, kl=lam)), micro_batch=N, max_grad_norm=1e9)
-    accelerator, optimizer, V_optimizer = Accelerator(cpu=True), torch.optim.Adam([m.a, m.b], betas=(0.9, 0.99)), torch.optim.Adam(V.parameters(), 3e-3)
-    c = torch.zeros(N, 1, 1)
+    """r = -(x - 2)^2 / 2 and lambda = 1 on data N(0, 1): the optimum is p(x) exp(r(x)) = N(1, 1/2).
 
-    def sample(g, n=N):
-        pictures = []
-        roll = rollout(m, "score", m.s, c.expand(n, -1, -1) if n == N else torch.zeros(n, 1, 1), torch.randn(steps + 1, n, 1, 1, 1, generator=g), n, True, lambda images, b: pictures.append(images))
-        return roll, torch.cat(pictures).flatten()
-
+    With 48 Euler-Maruyama steps the best policy of this kind ends at mean 1.011 and variance 0.518 (a
+    linear-quadratic problem, solved by hand).
+    """
+    steps, N, iterations = 48, 512, 80
+    m = LinearScore(steps)
+    optimizer = torch.optim.Adam([m.a, m.b], betas=(0.9, 0.99))
     for i in range(iterations):
-        for group in optimizer.param_groups:
-            group["lr"] = 0.2 * (1 - i / iterations) ** 2
-        g = torch.Generator().manual_seed(i)
-        roll, x = sample(g)
-        to_go = -((x - 2) ** 2) / 2 - lam * roll.kl.flip(0).cumsum(0).flip(0)  # (T, N)
-        advantage = rlcm.actor_critic(V, V_optimizer, accelerator, m.s, roll, to_go, g, fits=8)
-        update(m, cfg, accelerator, optimizer, m.s, c, roll, advantage, torch.ones(N))
-    _, x = sample(torch.Generator().manual_seed(10**6), 40_000)
-    assert x.mean().item() == pytest.approx(1.0, rel=0.05) and x.var().item() == pytest.approx(0.5, rel=0.05), (x.mean(), x.var())
+        optimizer.param_groups[0]["lr"] = 0.2 * (1 - i / iterations) ** 2
+        x, mean, log_p = m.rollout(N, seed=i)
+        mean_pre, kl = m.path_kl(x, mean)
+        r = -((x[-1].flatten() - 2) ** 2) / 2
+        to_go = r - kl.flip(0).cumsum(0).flip(0)  # (H, N), without the KL paid before an action
+        A = to_go - to_go.mean(1, keepdim=True)
+        m.descend(x, log_p, A, optimizer, mean_pre=mean_pre, kl_weight=torch.ones(N))
+    x = m.rollout(40_000, seed=10**6)[0][-1]
+    assert x.mean().item() == pytest.approx(1.0, rel=0.05) and x.var().item() == pytest.approx(0.5, rel=0.05)
 
 
-# ----------------------------------------------------------------------------------------------------------- advantages
+# ------------------------------------------------------------------------------------------------- advantages
+def close(A, expected):
+    torch.testing.assert_close(A, torch.tensor(expected).float(), atol=1e-4, rtol=0)
+
+
 def test_advantages_by_hand_with_integer_rewards():
     history = {}
-    A, scale = advantages(torch.tensor([1, 3, 10, 10]), ["a", "a", "b", "b"], history, 4, 2, 10.0)
-    torch.testing.assert_close(A, torch.tensor([-1.0, 1.0, 0.0, 0.0]), atol=1e-4, rtol=0)
-    assert scale[0].item() == pytest.approx(1.0, abs=1e-5) and A.dtype == torch.float32
-    A, _ = advantages(torch.tensor([5, 7]), ["a", "a"], history, 4, 2, 10.0)
+    A, inv_std = advantages(torch.tensor([1, 3, 10, 10]), ["a", "a", "b", "b"], history, 4, 2, 10.0)
+    close(A, [-1.0, 1.0, 0.0, 0.0])
+    assert inv_std[0].item() == pytest.approx(1.0, abs=1e-5) and A.dtype == inv_std.dtype == torch.float32
+    A, inv_std = advantages(torch.tensor([5, 7]), ["a", "a"], history, 4, 2, 10.0)
     v = np.array([1, 3, 5, 7])
-    torch.testing.assert_close(A, torch.tensor((np.array([5, 7]) - v.mean()) / v.std(), dtype=torch.float32), atol=1e-4, rtol=0)
-    A, _ = advantages(torch.tensor([9.0, 9.0]), ["a", "a"], history, 4, 2, 10.0)
+    close(A, (np.array([5, 7]) - v.mean()) / v.std())
+    close(inv_std, [1 / v.std()] * 2)
+    advantages(torch.tensor([9.0, 9.0]), ["a", "a"], history, 4, 2, 10.0)
     assert history["a"] == [5, 7, 9, 9]  # the oldest fell out
     advantages(torch.tensor([0.0, 8.0, 100.0]), ["c", "c", "d"], history, 2, 99, 10.0)
     A, _ = advantages(torch.tensor([3.0, 5.0, 200.0]), ["c", "c", "d"], history, 2, 99, 10.0)
-    torch.testing.assert_close(A[:2], torch.tensor([-1.0, 1.0]), atol=1e-4, rtol=0)  # a full buffer serves, however large min_count
+    close(A[:2], [-1.0, 1.0])  # a full buffer serves, however large min_count is
 
 
 def test_advantages_of_rare_prompts_use_the_batch_and_are_clipped():
     r = torch.tensor([0.0, 1.0, 2.0, 100.0])
-    A, _ = advantages(r, ["a", "b", "c", "d"], {}, 16, 2, 1.5)
+    A, inv_std = advantages(r, ["a", "b", "c", "d"], {}, 16, 2, 1.5)
     expected = ((r - r.mean()) / r.std(correction=0)).clamp(-1.5, 1.5)
     torch.testing.assert_close(A, expected, atol=1e-5, rtol=0)
-    assert A.max() == 1.5
+    assert A.max() == 1.5 and inv_std[0].item() == pytest.approx(1 / r.std(correction=0).item(), rel=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------ models, settings
-def test_the_papers_settings_and_that_an_explicit_flag_wins():
-    """The tables of the two papers (RLCM appendix, four GPUs as one; DDPO appendix)."""
-    settings = lambda *names, **given: [getattr(rlcm.resolve(Config(model="real", paper=True, **given)), name) for name in names]
-    names = ("steps", "epochs", "batch_size", "lr", "lora_rank", "lora_alpha", "buffer_size", "min_count", "clip_range", "adv_clip", "max_grad_norm", "guidance", "updates", "prompts")
-    assert settings(*names, reward="incompress") == [8, 1000, 16, 1e-4, 16, 32, 16, 16, 1e-4, 10, 5, 8.0, 1, "imagenet-animals"]
-    assert settings(*names, reward="aesthetic") == [8, 1000, 32, 1e-4, 8, 8, 32, 16, 1e-4, 10, 5, 8.0, 1, "animals"]
-    assert settings(*names, reward="align") == [16, 708, 160, 4e-4, 16, 32, 32, 16, 1e-4, 10, 5, 8.0, 1, "animals-activities"]
-    assert settings("steps", "batch_size", "updates", "lr", "guidance", "adv_clip", "max_grad_norm", method="ddpo", reward="aesthetic") == [50, 256, 2, 3e-4, 5.0, 5, 1]
-    assert settings("updates", "prompts", method="ddpo", reward="compress") == [4, "imagenet-animals"]
-    assert settings("steps", "prompts", reward="align", steps=4, prompts="a cat") == [4, "a cat"]
+# ----------------------------------------------------------------------------------------- the file as a file
+def test_importing_changes_nothing_and_imports_only_what_it_needs():
+    heavy = ["diffusers", "transformers", "peft", "accelerate", "matplotlib"]
+    code = f"""
+import os, signal, sys, threading, torch
+def state():
+    handlers = [signal.getsignal(n) for n in signal.valid_signals()]
+    random = torch.get_rng_state().tolist()
+    return dict(os.environ), random, torch.get_default_dtype(), torch.is_grad_enabled(), handlers, os.getcwd()
+before = state()
+import rlcm, rewards
+assert state() == before and threading.active_count() == 1
+print([name for name in {heavy} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
 
 
-def test_an_lcm_lora_makes_a_diffusion_model_a_consistency_model_and_stays_under_the_adapter(tmp_path):
-    """The network under the fresh adapter is tiny/sd with the LCM-LoRA's product added to its weights by hand; a run trains on top of it."""
-    from diffusers import LCMScheduler, StableDiffusionPipeline
-    from peft import LoraConfig
-    from peft.utils import get_peft_model_state_dict
-    pipe = StableDiffusionPipeline.from_pretrained(HERE / "tiny" / "sd", dtype=torch.float32)
+def test_lines_functions_and_imports_of_the_two_files():
+    """At most 110 columns, functions of 60 lines; rlcm.py imports rewards.py alone, that one no neighbour."""
+    neighbours = {p.stem for p in HERE.iterdir() if p.suffix == ".py" or (p.is_dir() and p.name[0] != ".")}
+    for name, allowed in (("rlcm.py", {"rewards"}), ("rewards.py", set())):
+        text = (HERE / name).read_text()
+        assert not [n for n, line in enumerate(text.splitlines(), 1) if len(line) > 110]
+        nodes = list(ast.walk(ast.parse(text)))
+        functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+        assert len(functions) > 20 and not [f.name for f in functions if f.end_lineno - f.lineno >= 60]
+        imported = [a.name for node in nodes if isinstance(node, ast.Import) for a in node.names]
+        imported += [node.module or "." for node in nodes if isinstance(node, ast.ImportFrom)]
+        assert {module.split(".")[0] for module in imported} & (neighbours | {""}) == allowed
+
+
+def test_the_two_files_alone_train_resume_and_sample(tmp_path):
+    """In an empty folder, as a user types it, in a process that sees nothing of the repository."""
+    for name in ("rlcm.py", "rewards.py"):
+        shutil.copy(HERE / name, tmp_path)
+    small = "--steps 2 --batch-size 4 --micro-batch 4 --kl 0.01 --save-every 1"
+    commands = [
+        f"--model {HERE}/tiny/lcm {small} --epochs 1 --out run",
+        "--resume run --epochs 2",
+        "--load run --sample cat dog",
+    ]
+    code = f"""
+import runpy, sys
+for command in {commands}:
+    sys.argv = ["rlcm.py", *command.split()]
+    try:
+        runpy.run_path("rlcm.py", run_name="__main__")
+    except SystemExit as e:
+        assert e.code == 0
+        print("done")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done\n") == 3
+    assert "--load run" in done.stdout and "wrote run/sample.png" in done.stdout  # what to do next
+    bars = [line for line in re.split(r"[\r\n]", done.stderr) if line.strip()]
+    assert bars and all("epoch" in line and "reward=" in line or "0%" in line for line in bars), bars  # quiet
+    left = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".pyc"}
+    run = "config.json metrics.csv reward.png pytorch_lora_weights.safetensors checkpoint/state.pt sample.png"
+    run += " samples/epoch-0000.png samples/epoch-0001.png samples/epoch-0002.png"
+    assert left == {"rlcm.py", "rewards.py", *(f"run/{name}" for name in run.split())}
+    assert len(metrics(tmp_path / "run")) == 2 and column(tmp_path / "run", "ratio_drift") == [0, 0]
+
+
+# ------------------------------------------------------------------------------------------- models, settings
+COLUMNS = "steps epochs batch_size lr lora_rank lora_alpha buffer_size min_count clip_range adv_clip"
+COLUMNS = f"{COLUMNS} max_grad_norm guidance updates prompts".split()
+PUBLISHED = {  # DESIGN.md, section 5: RLCM's four GPUs (align: three) as one; ddpo-pytorch's config/dgx.py
+    "rlcm compress": [8, 1000, 16, 1e-4, 16, 32, 16, 16, 1e-4, 10, 5, 8, 1, "imagenet-animals"],
+    "rlcm incompress": [8, 1000, 16, 1e-4, 16, 32, 16, 16, 1e-4, 10, 5, 8, 1, "imagenet-animals"],
+    "rlcm aesthetic": [8, 1000, 32, 1e-4, 8, 8, 32, 16, 1e-4, 10, 5, 8, 1, "animals"],
+    "rlcm align": [16, 708, 120, 1e-4, 16, 32, 32, 16, 1e-4, 10, 5, 8, 1, "animals-activities"],
+    "ddpo compress": [50, 100, 256, 3e-4, 4, 4, 16, 16, 1e-4, 5, 1, 5, 4, "imagenet-animals"],
+    "ddpo incompress": [50, 100, 256, 3e-4, 4, 4, 16, 16, 1e-4, 5, 1, 5, 4, "imagenet-animals"],
+    "ddpo aesthetic": [50, 200, 256, 3e-4, 4, 4, 32, 16, 1e-4, 5, 1, 5, 2, "animals"],
+    "ddpo align": [50, 200, 288, 3e-4, 4, 4, 32, 16, 1e-4, 5, 1, 5, 2, "animals-activities"],
+}
+
+
+@pytest.mark.parametrize("task", PUBLISHED)
+def test_the_papers_settings(task):
+    method, reward = task.split()
+    cfg = rlcm.configure(model="real", paper=True, method=method, reward=reward)
+    assert {name: getattr(cfg, name) for name in COLUMNS} == dict(zip(COLUMNS, PUBLISHED[task]))
+    assert cfg.kl == cfg.last_noise == 0  # as published
+
+
+def test_what_is_given_wins_over_every_preset():
+    cfg = rlcm.configure(model="real", paper=True, reward="align", steps=4, prompts="a cat", lr=4e-4, kl=0.1)
+    assert (cfg.steps, cfg.prompts, cfg.lr, cfg.kl, cfg.batch_size) == (4, "a cat", 4e-4, 0.1, 120)
+    cfg = rlcm.configure(model="tiny", method="ddpo", guidance=1.5, low_memory=True, micro_batch=8)
+    assert (cfg.guidance, cfg.micro_batch, cfg.lr, cfg.steps) == (1.5, 8, 3e-3, 5)
+    assert rlcm.configure(model="tiny", lr=1.2e-3, method="score").lr == 1.2e-3  # also if it is Config's own
+    assert Config(method="ddpo").lr == Config().lr  # literal
+
+
+def test_help_shows_the_values_that_would_be_used(capsys):
+    def default(name, *command):
+        with pytest.raises(SystemExit) as stopped:
+            rlcm.main([*command, "--help"])
+        assert not stopped.value.code
+        shown = " ".join(capsys.readouterr().out.partition("options:")[2].split())
+        assert all(reward in shown for reward in rewards.REWARDS)
+        return re.search(rf"--{name} .*?\(default: (.*?)\)", shown)[1]
+
+    assert default("lr") == "0.0012" and default("lr", "--method", "ddpo") == "0.003"
+    assert default("lr", "--method", "ddpo", "--lr", "0.5") == "0.5"
+    assert default("batch_size", *"--paper --reward aesthetic".split()) == "32"
+    assert default("batch_size", *"--paper --reward aesthetic --batch-size 7".split()) == "7"
+
+
+def test_a_gpu_takes_the_papers_model_in_half_precision_and_says_so(monkeypatch, capsys):
+    for cuda, given, model, guidance in (
+        (False, {}, "tiny", 6.0),
+        (True, {}, "SimianLuo/LCM_Dreamshaper_v7", 8.0),
+        (True, {"method": "ddpo"}, "Lykon/dreamshaper-7", 5.0),
+        (True, {"method": "score", "guidance": 2.0}, "Lykon/dreamshaper-7", 2.0),
+        (True, {"lcm_lora": "latent-consistency/lcm-lora-sdv1-5"}, "Lykon/dreamshaper-7", 1.5),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        cfg = rlcm.configure(**given)
+        assert (cfg.model, cfg.guidance, cfg.precision) == (model, guidance, "bf16" if cuda else "fp32")
+        assert re.fullmatch(rf"model: {model} \(.*GPU.*\)\n", capsys.readouterr().out)
+        assert rlcm.configure(**given, model=model, precision="fp32").precision == "fp32"
+        assert capsys.readouterr().out == ""
+
+
+@torch.no_grad()
+def test_eps_is_the_guided_network_and_pretrained_restores_the_adapter(model, mini_sd):
+    """Against the U-Nets alone; the adapter is back also when the block raises."""
+    x, t, c = torch.randn(2, *model.shape), torch.tensor([999, 19]), rlcm.encode(model.pipe, ["a cat", "dog"])
+    unet = UNet2DConditionModel.from_pretrained(HERE / "tiny" / "lcm" / "unet")
+    w = model.pipe.get_guidance_scale_embedding(torch.tensor([6.0 - 1] * 2), unet.config.time_cond_proj_dim)
+    tuned, base = model.eps(x, t, c), unet(x, t, c, timestep_cond=w).sample
+    with rlcm.pretrained(model) as eps_pre:
+        torch.testing.assert_close(eps_pre(x, t, c), base)
+    assert torch.equal(model.eps(x, t, c), tuned) and (tuned - base).abs().mean() > 0.01
+    with pytest.raises(ZeroDivisionError), rlcm.pretrained(model):
+        1 / 0
+    assert torch.equal(model.eps(x, t, c), tuned)
+
+    model = rlcm.load_model(Config(model=mini_sd, method="ddpo", guidance=3.0))
+    x, (c, nothing) = torch.randn(2, *model.shape), (rlcm.encode(model.pipe, [p, p]) for p in ("a cat", ""))
+    unet = UNet2DConditionModel.from_pretrained(f"{mini_sd}/unet")
+    e_c, e_0 = unet(x, t, c).sample, unet(x, t, nothing).sample
+    torch.testing.assert_close(model.eps(x, t, c), e_0 + 3.0 * (e_c - e_0))
+    plain = rlcm.load_model(Config(model=mini_sd, method="ddpo", guidance=1.0))
+    torch.testing.assert_close(plain.eps(x, t, c), e_c)
+
+
+@torch.no_grad()
+def test_a_saved_adapter_keeps_its_alpha_in_a_plain_pipeline(mini, tmp_path):
+    """Alpha three times the rank: a reader that does not find it takes the rank."""
+    model = perturbed(rlcm.load_model(Config(model=mini, lora_rank=2, lora_alpha=6)))
+    rlcm.save_weights(model.pipe, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
+    pipe = DiffusionPipeline.from_pretrained(mini, dtype=torch.float32)
+    given = torch.randn(2, *model.shape), torch.tensor([999, 19]), rlcm.encode(pipe, ["a cat", "dog"])
+    w = {"timestep_cond": torch.randn(2, 16)}
+    base, tuned = pipe.unet(*given, **w).sample, model.pipe.unet(*given, **w).sample
+    pipe.load_lora_weights(tmp_path)
+    torch.testing.assert_close(pipe.unet(*given, **w).sample, tuned)
+    assert (tuned - base).abs().mean() > 0.01
+    other = rlcm.load_model(Config(model=mini, lora_rank=2, lora_alpha=6))
+    rlcm.load_weights(other, tmp_path)
+    assert torch.equal(other.pipe.unet(*given, **w).sample, tuned)
+
+
+# (rewards and prompts: /work/parts/test_rewards_part.py)
+
+
+def test_an_lcm_lora_makes_a_diffusion_model_a_consistency_model(mini_sd, tmp_path):
+    """The network under the fresh adapter is the U-Net with the LoRA's product added to it by hand."""
+    pipe = DiffusionPipeline.from_pretrained(mini_sd, dtype=torch.float32)
     plain = {name: p.clone() for name, p in pipe.unet.state_dict().items()}
-    pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_out.0", "conv1"]))
-    with torch.no_grad():
-        for i, (name, p) in enumerate(pipe.unet.named_parameters()):
-            if "lora_B" in name:
-                p.copy_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    layers = ["to_q", "to_out.0", "conv1"]
+    lora = LoraConfig(r=2, lora_alpha=4, target_modules=layers, init_lora_weights=False)
+    pipe.unet.add_adapter(lora)
     state = get_peft_model_state_dict(pipe.unet)
-    from diffusers.training_utils import _collate_lora_metadata
-    StableDiffusionPipeline.save_lora_weights(tmp_path / "lcm-lora", state, **_collate_lora_metadata({"unet": pipe.unet}))
-    m = rlcm.load_model(rlcm.resolve(Config(model=str(HERE / "tiny" / "sd"), lcm_lora=str(tmp_path / "lcm-lora"), lora_rank=4)), "cpu")
-    assert isinstance(m.pipe.scheduler, LCMScheduler) and m.eps.__name__ == "guided"
-    merged = {name.replace(".base_layer", ""): p for name, p in m.unet.state_dict().items() if "lora_" not in name}
+    settings = {"unet_lora_layers": state, "unet_lora_adapter_metadata": lora.to_dict()}
+    StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", **settings)
+    given = dict(model=mini_sd, lcm_lora=str(tmp_path / "lora"), steps=2, last_noise=0.0, kl=0.01)
+    m = rlcm.load_model(rlcm.configure(**given))
+    assert isinstance(m.pipe.scheduler, LCMScheduler)
+    merged = {name.replace(".base_layer", ""): p for name, p in m.pipe.unet.state_dict().items()}
     changed = 0
     for name, p in plain.items():
-        key = name.removesuffix(".weight")
-        if f"{key}.lora_A.weight" in state:
-            A, B = state[f"{key}.lora_A.weight"], state[f"{key}.lora_B.weight"]
-            delta = torch.einsum("or,ri->oi", B.flatten(1), A.flatten(1)).view(p.shape) * 2 if A.ndim == 2 else torch.einsum("or,rihw->oihw", B[:, :, 0, 0], A) * 2
+        A, B = (state.get(f"{name.removesuffix('.weight')}.lora_{v}.weight") for v in "AB")
+        if A is not None:
+            p = p + 2 * (B.flatten(1) @ A.flatten(1)).view(p.shape)  # alpha / r = 2
             changed += 1
-            torch.testing.assert_close(merged[name], p + delta, atol=1e-5, rtol=1e-4)
-        else:
-            assert torch.equal(merged[name], p)
+        torch.testing.assert_close(merged[name], p, atol=1e-5, rtol=1e-4)
     assert changed > 10
-    out = rlcm.train(Config(model=str(HERE / "tiny" / "sd"), lcm_lora=str(tmp_path / "lcm-lora"), lora_rank=4, steps=2, epochs=2, batch_size=4, kl=0.01, save_every=2, out=str(tmp_path / "run")))
-    rows = metrics(out)
-    assert float(rows[0]["path_kl"]) == 0 < float(rows[1]["path_kl"]) and float(rows[0]["ratio_drift"]) == 0
+    out = rlcm.train(Config(**given, **SMALL, out=str(tmp_path / "run")))
+    assert column(out, "path_kl")[0] == 0 < column(out, "path_kl")[1] and column(out, "ratio_drift") == [0, 0]
 
 
+@pytest.mark.xdist_group("children")
 @pytest.mark.parametrize("rank", [4, 0])
-def test_half_precision_trains_float32_weights_with_the_same_arithmetic_in_rollout_and_update(rank, tmp_path):
-    from accelerate.state import AcceleratorState
-    AcceleratorState._reset_state()  # one process has one precision
-    out = rlcm.train(Config(**{**SMALL, "precision": "bf16", "kl": 0.01}, lora_rank=rank, out=str(tmp_path / "run")))
-    AcceleratorState._reset_state()
-    from safetensors.torch import load_file
-    saved = load_file(out / ("pytorch_lora_weights.safetensors" if rank else "unet/diffusion_pytorch_model.safetensors"))
+def test_half_precision_trains_float32_weights_with_the_ratio_still_one(rank, spawn, mini, tmp_path):
+    out = tmp_path / "run"
+    settings = dict(SMALL, model=mini, precision="bf16", kl=0.01, lora_rank=rank, lr=1e-3, out=out)
+    assert spawn(train, settings).wait() == 0  # one process has one precision
+    full = "unet/diffusion_pytorch_model.safetensors"
+    saved = load_file(out / ("pytorch_lora_weights.safetensors" if rank else full))
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in saved.values())
-    rows = metrics(out)
-    assert [float(row["ratio_drift"]) for row in rows] == [0.0, 0.0] and float(rows[1]["path_kl"]) > float(rows[0]["path_kl"])
-    assert float(rows[0]["path_kl"]) == 0 or not rank  # a copied reference runs outside autocast
-    assert rlcm.main(["--sample", "a cat", "--load", str(out)]) is None and (out / "sample.png").exists()
+    kl = column(out, "path_kl")
+    assert column(out, "ratio_drift") == [0, 0] and kl[1] > kl[0]
+    assert kl[0] == 0 or not rank  # a copied reference runs outside autocast
+    assert rlcm.main(["--sample", "a cat", "--load", str(out)]) == 0 and (out / "sample.png").exists()
 
 
-def test_trackers_are_given_metrics_and_pictures(tmp_path, monkeypatch):
+def test_trackers_are_given_metrics_and_pictures(mini, tmp_path, monkeypatch):
     """With a tracker in place of tensorboard's, which is not installed here."""
-    from accelerate import tracking
     seen = []
 
-    class Fake(tracking.GeneralTracker):
+    class Fake(accelerate.tracking.GeneralTracker):
         name, requires_logging_directory, tracker = "tensorboard", True, None
-        def __init__(self, run, logging_dir=None, **kwargs): super().__init__()
-        def store_init_configuration(self, values): seen.append(("config", values))
-        def log(self, values, step=None, **kwargs): seen.append(("log", values, step))
-        def log_images(self, values, step=None, **kwargs): seen.append(("images", values, step, kwargs))
 
+        def __init__(self, run, logging_dir=None, **kwargs):
+            super().__init__()
+
+        def store_init_configuration(self, values):
+            seen.append(("config", values))
+
+        def log(self, values, step=None, **kwargs):
+            seen.append(("log", values, step))
+
+        def log_images(self, values, step=None, **kwargs):
+            seen.append(("images", values, step, kwargs))
+
+    tensorboard = accelerate.tracking.LoggerType.TENSORBOARD
     monkeypatch.setattr(rlcm, "find_spec", lambda name: True)
-    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", Fake)
-    monkeypatch.setattr(tracking, "get_available_trackers", lambda: [tracking.LoggerType.TENSORBOARD])
-    out = rlcm.train(Config(**SMALL, log_with="tensorboard", out=str(tmp_path / "run")))
-    assert [entry[0] for entry in seen] == ["config", "images", "log", "images", "log"] and seen[0][1]["reward"] == "compress"
-    pictures = seen[1][1]["samples"]
-    assert pictures.shape == (16, 64, 64, 3) and 0 <= pictures.min() < pictures.max() <= 1 and seen[1][3] == {"dataformats": "NHWC"}
-    assert [entry[2] for entry in seen if entry[0] == "log"] == [1, 2] and seen[2][1]["reward_mean"] == float(metrics(out)[0]["reward_mean"])
+    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", Fake)
+    monkeypatch.setattr(accelerate.tracking, "get_available_trackers", lambda: [tensorboard])
+    out = rlcm.train(Config(**SMALL, model=mini, log_with="tensorboard", out=str(tmp_path / "run")))
+    assert Counter(entry[0] for entry in seen) == {"config": 1, "images": 2, "log": 2}
+    kinds = {kind: [entry for entry in seen if entry[0] == kind] for kind in ("config", "images", "log")}
+    assert kinds["config"][0][1]["reward"] == "compress"
+    pictures = kinds["images"][0][1]["samples"]
+    assert pictures.shape == (16, 16, 16, 3) and 0 <= pictures.min() < pictures.max() <= 1
+    assert kinds["images"][0][3] == {"dataformats": "NHWC"}
+    assert [step for _, _, step in kinds["log"]] == [1, 2]
+    assert [values["reward_mean"] for _, values, _ in kinds["log"]] == column(out, "reward_mean")
 
 
-# -------------------------------------------------------------------------------------------------------------- rewards
-def test_compress_is_the_size_of_the_jpeg_file(tmp_path):
-    images = torch.rand(3, 3, 40, 56)
-    images[1] = 1.0
-    for i, image in enumerate(images):
-        Image.fromarray(np.uint8(np.rint(image.permute(1, 2, 0).numpy() * 255))).save(tmp_path / f"{i}.jpg", quality=95)
-    sizes = torch.tensor([(tmp_path / f"{i}.jpg").stat().st_size / 1000 for i in range(3)])
-    prompts = [""] * 3
-    torch.testing.assert_close(rewards.get_reward("compress")(images, prompts), -sizes)
-    torch.testing.assert_close(rewards.get_reward("incompress")(images, prompts), sizes)
-    assert sizes[1] < sizes[0]
+# ------------------------------------------------------------------------------------------- runs, resumption
+class Spy:
+    """Calls of a function of rlcm.py, which goes on as before: arguments by name, and results."""
+
+    def __init__(self, monkeypatch, name):
+        self.calls, self.results, fn = [], [], getattr(rlcm, name)
+        signature = inspect.signature(fn)
+
+        def spy(*args, **kwargs):
+            self.calls.append(signature.bind(*args, **kwargs).arguments)
+            self.results.append(fn(*args, **kwargs))
+            return self.results[-1]
+
+        monkeypatch.setattr(rlcm, name, spy)
 
 
-def test_reward_from_a_file(tmp_path):
-    (tmp_path / "mine.py").write_text("def redness(images, prompts):\n    return (images[:, 0].mean((1, 2)) * 10).int()\n")
-    r = rewards.get_reward(f"{tmp_path}/mine.py:redness")(torch.stack([torch.ones(3, 4, 4), torch.zeros(3, 4, 4)]), ["a", "b"])
-    assert r.tolist() == [10.0, 0.0] and r.dtype == torch.float32
+@pytest.mark.parametrize("method, last_noise", [("rlcm", 0.0), ("rlcm", 0.6), ("ddpo", 0.0), ("score", 0.0)])
+def test_an_epoch_from_rewards_to_advantages(method, last_noise, mini, mini_sd, tmp_path, monkeypatch):
+    """The last of three by hand: the returns to go R_k = r - lambda (KL_k + KL_{k+1} + ...) of each step.
+
+    They are centred, in units of the std of R_0. With a last noise r is half the lead over the mirror image.
+    The reward sees the decoded last latents; metrics.csv has its statistics.
+    """
+    red = "def red(images, prompts):\n    return (1000 * images[:, 0].mean((1, 2))).int()\n"
+    (tmp_path / "mine.py").write_text(red)
+    kl, rollouts, updates = (Spy(monkeypatch, name) for name in ("path_kl", "rollout", "update"))
+    cfg = Config(
+        reward=f"{tmp_path}/mine.py:red", model=mini if method == "rlcm" else mini_sd, method=method, steps=3,
+        last_noise=last_noise, epochs=3, batch_size=8, micro_batch=5, lr=0.02, kl=0.5, buffer_size=99,
+        min_count=99, adv_clip=99.0, save_every=100, out=str(tmp_path / "run"),
+    )  # fmt: skip
+    rlcm.train(cfg)
+    model, given = rlcm.load_model(cfg), updates.calls[-1]
+    assert given["micro_batch"] == 4 and given["x"].shape[:2] == (4, 8)  # the largest that divides the batch
+    parts = [roll for roll in rollouts.results if roll[0].shape[1] == 4][-2:]  # not the sample grid's
+    x, mean = (torch.cat(part, 1) for part in list(zip(*parts))[:2])
+    ends = x[-1], 2 * mean[-1] - x[-1]
+    scores = [(1000 * rlcm.decode(model.pipe, end)[:, 0].mean((1, 2))).int().float() for end in ends]
+    r = (scores[0] - scores[1]) / 2 if last_noise else scores[0]
+    path = torch.cat([result[1] for result in kl.results[-2:]], 1)  # (H, B)
+    R = torch.stack([r - 0.5 * path[k:].sum(0) for k in range(3)])
+    std = R[0].std(correction=0)
+    assert path.sum() > 0.01 and std > 0 and torch.equal(x, given["x"])
+    expected = (R - R.mean(1, keepdim=True)) / std
+    torch.testing.assert_close(given["A"].expand(3, 8), expected, rtol=1e-3, atol=2e-3)
+    torch.testing.assert_close(given["kl_weight"], (0.5 / std).expand(8), rtol=1e-3, atol=0)
+    scored = torch.cat(scores if last_noise else scores[:1])
+    names = "reward_queries", "reward_mean", "reward_std", "reward_min", "reward_max", "path_kl"
+    row = [float(metrics(tmp_path / "run")[-1][name]) for name in names]
+    expected = [3 * len(scored), scored.mean(), scored.std(correction=0), scored.min(), scored.max()]
+    assert row == pytest.approx([float(v) for v in (*expected, path.sum(0).mean())], rel=1e-3)
 
 
-NAMES = ["aesthetic", "clip", "pickscore", "align"]
-PROMPTS = ["a cat", "a dog", "two red apples on a table", "owl", "a fox"]
-
-
-@pytest.fixture(scope="session")
-def small_models(tmp_path_factory):
-    """Random models of the rewards' architectures, a few hundred kB, laid out as the hub has them: {key of HUB: folder}."""
-    import transformers as tf
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    root = tmp_path_factory.mktemp("hub")
-    hub = {name: str(root / name) for name in rewards.HUB}
-    words = "a cat dog two red apples on table owl fox The image contains USER Answer concisely what is going in this ASSISTANT : ? white bird runs".split()
-
-    def tokenizer(start, end, template, image=(), **options):
-        vocab = {word: i for i, word in enumerate(["<pad>", "<unk>", *image, start, *words, end])}  # the end has the highest id, as CLIP's
-        raw = Tokenizer(models.WordLevel(vocab, "<unk>"))
-        raw.pre_tokenizer = pre_tokenizers.Whitespace()
-        raw.post_processor = processors.TemplateProcessing(template, special_tokens=[(start, vocab[start]), (end, vocab[end])])
-        return tf.PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", unk_token="<unk>", bos_token=start, eos_token=end,
-                                          additional_special_tokens=list(image), **options), len(vocab)
-
-    def image_processor(**options):
-        return tf.CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}, **options)
-
-    body = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-    vision = dict(body, image_size=24, patch_size=6)
-    torch.manual_seed(0)
-    tokens, n = tokenizer("<s>", "</s>", "<s> $A </s>", model_max_length=8)
-    for name, processor, own in (("clip", "clip", {}), ("pickscore", "pickscore-processor", {"image_mean": [0.1, 0.5, 0.9]})):
-        text = dict(body, vocab_size=n, max_position_embeddings=8, eos_token_id=n - 1)
-        clip = tf.CLIPModel(tf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=20, initializer_factor=4.0))
-        clip.save_pretrained(hub[name]), clip.config.save_pretrained(hub[processor])
-        tf.CLIPProcessor(image_processor(**own), tokens).save_pretrained(hub[processor])
-    tokens, n = tokenizer("<s>", "</s>", "<s> $A", ["<image>"])
-    text = tf.LlamaConfig(**body, vocab_size=n, bos_token_id=3, eos_token_id=n - 1, pad_token_id=0, initializer_range=0.5)
-    cfg = tf.LlavaConfig(vision_config=tf.CLIPVisionConfig(**vision, initializer_factor=4.0), text_config=text, image_token_index=2, image_seq_length=16, initializer_range=0.5)
-    tf.LlavaForConditionalGeneration(cfg).save_pretrained(hub["llava"])
-    tf.LlavaProcessor(image_processor(), tokens, patch_size=6, vision_feature_select_strategy="default", num_additional_image_tokens=1).save_pretrained(hub["llava"])
-    tokens, n = tokenizer("[CLS]", "[SEP]", "[CLS] $A [SEP]", cls_token="[CLS]", sep_token="[SEP]")
-    cfg = tf.DebertaConfig(**dict(body, num_hidden_layers=3), vocab_size=n, relative_attention=True, pos_att_type=["c2p", "p2c"], type_vocab_size=0, initializer_range=0.5)
-    tf.DebertaModel(cfg).save_pretrained(hub["bert"])
-    tokens.save_pretrained(hub["bert"])
-    head = {f"layers.{i}.{k}": torch.randn(*((o, n) if k == "weight" else (o,))) * n**-0.5
-            for i, n, o in ((0, 20, 16), (2, 16, 8), (4, 8, 8), (6, 8, 4), (7, 4, 1)) for k in ("weight", "bias")}
-    Path(hub["aesthetic"]).mkdir()
-    torch.save(head, Path(hub["aesthetic"]) / "aesthetic-model.pth")
-    return hub
-
-
-@pytest.fixture
-def hub(small_models, monkeypatch):
-    monkeypatch.setattr(rewards, "HUB", small_models)
-    monkeypatch.setattr(rewards, "BERT_LAYER", 2)
-    return small_models
-
-
-def whole_pixels(B=5, H=24, W=36):
-    """Pictures whose values are multiples of 1/255, and the same ones for Pillow; the crop is all that is left to CLIP's processor."""
-    pixels = np.random.default_rng(0).integers(0, 256, (B, H, W, 3), dtype=np.uint8)
-    pixels[:, :, :, 0] //= np.arange(1, B + 1, dtype=np.uint8)[:, None, None]
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255, [Image.fromarray(p) for p in pixels]
-
-
-def cosines(model, processor, pictures):
-    """Picture by picture through transformers alone: embeddings (B, E), logits (B,)."""
-    from transformers import AutoProcessor, CLIPModel
-    model, processor = CLIPModel.from_pretrained(model), AutoProcessor.from_pretrained(processor)
-    with torch.no_grad():
-        out = [model(**processor(text=[p], images=[i], truncation=True, return_tensors="pt")) for p, i in zip(PROMPTS, pictures)]
-    return torch.cat([o.image_embeds for o in out]), torch.cat([o.logits_per_image[0] for o in out]), model.logit_scale.exp().item()
-
-
-def test_clip_pixels_equal_the_image_processor_of_transformers():
-    """Pillow rounds to bytes after each of its two passes, hence the tolerance of two grey levels."""
-    from transformers import CLIPImageProcessorPil
-    for H, W, size in ((64, 64, 224), (512, 384, 224), (45, 77, 24), (77, 45, 30)):
-        smooth = torch.nn.functional.interpolate(0.05 + 0.9 * torch.rand(2, 3, 6, 6), (H, W), mode="bilinear")
-        smooth = (smooth * 255).round() / 255
-        theirs = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-        expected = theirs([Image.fromarray(np.uint8(np.rint(p.permute(1, 2, 0).numpy() * 255))) for p in smooth], return_tensors="pt")["pixel_values"]
-        ours = rewards.clip_pixels(smooth, size, theirs.image_mean, theirs.image_std)
-        torch.testing.assert_close(ours, expected, rtol=0, atol=2 / 255 / min(theirs.image_std))
-
-
-def test_clip_pickscore_and_aesthetic_equal_their_models_run_by_hand(hub):
-    images, pictures = whole_pixels()
-    embedding, logits, scale = cosines(hub["clip"], hub["clip"], pictures)
-    cos = logits / scale
-    assert (cos > 0.05).any() and cos.std() > 0.02
-    torch.testing.assert_close(rewards.get_reward("clip")(images, PROMPTS), 2.5 * cos.clamp(min=0), rtol=1e-4, atol=1e-4)
-    head = torch.nn.Module()
-    head.layers = torch.nn.Sequential(*(m for n, o in ((20, 16), (16, 8), (8, 8)) for m in (torch.nn.Linear(n, o), torch.nn.Dropout())), torch.nn.Linear(8, 4), torch.nn.Linear(4, 1))
-    head.load_state_dict(torch.load(Path(hub["aesthetic"]) / "aesthetic-model.pth", weights_only=True))
-    torch.testing.assert_close(rewards.get_reward("aesthetic")(images, PROMPTS), head.eval().layers(embedding)[:, 0].detach(), rtol=1e-4, atol=1e-4)
-    _, logits, _ = cosines(hub["pickscore"], hub["pickscore-processor"], pictures)
-    torch.testing.assert_close(rewards.get_reward("pickscore")(images, PROMPTS), logits, rtol=1e-4, atol=1e-3)
-
-
-def test_the_embedded_clip_is_the_reward_clip_of_the_embedded_model(hub):
-    """With --model tiny, `clip` is tiny/clip: equal to transformers' own model and processor, it knows right captions from wrong ones, and it adds up."""
-    from transformers import CLIPModel, CLIPProcessor
-    train, labels = make_tiny.training_pictures()
-    images, prompts = train[::20], labels[::20]
-    clip, processor = CLIPModel.from_pretrained(HERE / "tiny" / "clip", dtype=torch.float32), CLIPProcessor.from_pretrained(HERE / "tiny" / "clip")
-    whole = [Image.fromarray(np.uint8(np.rint(p.permute(1, 2, 0).numpy() * 255))) for p in images]
-    with torch.no_grad():
-        out = clip(**processor(text=prompts, images=whole, padding=True, truncation=True, return_tensors="pt"))
-    expected = 2.5 * (out.image_embeds * out.text_embeds).sum(1)
-    score = rewards.get_reward("clip", "tiny")
-    torch.testing.assert_close(score(images, prompts), expected.clamp(min=0), rtol=1e-3, atol=1e-3)
-    assert (score(images, prompts) > score(images, prompts[1:] + prompts[:1]) + 0.2).float().mean() > 0.9
-    torch.testing.assert_close(rewards.get_reward("compress:1,clip:0.5", "tiny")(images, prompts), rewards.compress(images, prompts) + 0.5 * score(images, prompts))
-    assert make_tiny.retrieval(images, prompts, labels) >= 0.9
-    assert not torch.equal(rewards.get_reward("clip")(images, prompts), score(images, prompts))  # another model's `clip` comes from the hub
-
-
-def test_align_is_bertscore_recall_of_a_greedy_description(hub):
-    """Description token by token, one picture at a time; recall in loops over tokens, on the second of the encoder's three layers."""
-    from transformers import AutoModel, AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
-    images, pictures = whole_pixels()
-    llava, processor = LlavaForConditionalGeneration.from_pretrained(hub["llava"]), AutoProcessor.from_pretrained(hub["llava"])
-    bert, tokenizer = AutoModel.from_pretrained(hub["bert"]), AutoTokenizer.from_pretrained(hub["bert"])
-    said, expected = [], []
-    with torch.no_grad():
-        for prompt, picture in zip(PROMPTS, pictures):
-            given = processor(text="USER: <image>\nAnswer concisely: what is going on in this image? ASSISTANT:", images=picture, return_tensors="pt")
-            out, ids = llava(**given), []
-            while len(ids) < 64 and llava.config.text_config.eos_token_id not in ids:
-                ids.append(int(out.logits[0, -1].argmax()))
-                out = llava(input_ids=torch.tensor([ids[-1:]]), past_key_values=out.past_key_values)
-            said.append(processor.tokenizer.decode(ids, skip_special_tokens=True))
-            reference, candidate = ([v / v.norm() for v in bert(**tokenizer(text, return_tensors="pt"), output_hidden_states=True).hidden_states[2][0]]
-                                    for text in (f"The image contains {prompt}", said[-1]))
-            recall = np.mean([max(float(r @ c) for c in candidate) for r in reference[1:-1]])
-            expected.append(float(recall - 0.5170288) / (1 - 0.5170288))
-    assert len(set(said)) > 2 and len({len(text.split()) for text in said}) > 1
-    assert rewards.describe(images) == said
-    torch.testing.assert_close(rewards.get_reward("align")(images, PROMPTS), torch.tensor(expected), rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_batch_of_pictures_scores_as_its_parts_and_loads_its_models_once(hub, name):
-    images, _ = whole_pixels(H=40, W=40)
-    fn = rewards.get_reward(name)
-    whole, loads = fn(images, PROMPTS), rewards.load.cache_info().misses
-    for size in (1, 3):
-        parts = torch.cat([fn(images[i : i + size], PROMPTS[i : i + size]) for i in range(0, 5, size)])
-        torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
-    assert rewards.load.cache_info().misses == loads and whole.std() > 0
-
-
-def test_a_reward_model_leaves_a_gpu_whose_memory_is_short(monkeypatch):
-    moves, asked = [], []
-    fake = SimpleNamespace(to=lambda device: moves.append(device) or fake)
-    monkeypatch.setattr(rewards, "load", lambda kind, source, **options: asked.append(options["dtype"]) or fake)
-    gpu, cpu = torch.device("cuda:0"), torch.device("cpu")
-    for device, free, expected in ((gpu, rewards.ROOM - 1, [gpu, "cpu"]), (gpu, rewards.ROOM + 1, [gpu])):
-        moves.clear()
-        monkeypatch.setattr(rewards, "free_gib", lambda device: free)
-        with rewards.lent("CLIPModel", "x", device) as model:
-            assert model is fake and moves == [gpu]
-        assert moves == expected
-    monkeypatch.undo()
-    assert rewards.free_gib(cpu) == float("inf") and asked == [torch.float16] * 2
-
-
-def test_sums_with_weights(tmp_path):
-    (tmp_path / "mine.py").write_text("def redness(images, prompts):\n    return (images[:, 0].mean((1, 2)) * 10).int()\n")
-    images, prompts = torch.rand(3, 3, 16, 16), [""] * 3
-    size, red = rewards.jpeg_kilobytes(images), (images[:, 0].mean((1, 2)) * 10).int()
-    for name, expected in (("compress:0.05", -0.05 * size), ("incompress:-2, compress", -3 * size),
-                           (f"{tmp_path}/mine.py:redness:0.5,compress:1e-1", 0.5 * red - 0.1 * size), (f"compress,{tmp_path}/mine.py:redness", red - size)):
-        torch.testing.assert_close(rewards.get_reward(name)(images, prompts), expected, msg=name)
-    with pytest.raises(BadInput, match="'compress:1e39'.*must be finite"):
-        rewards.get_reward("incompress,compress:1e39")(images, prompts)
-
-
-def test_a_model_out_of_reach_is_named(hub, tmp_path, monkeypatch):
-    images, pictures = whole_pixels()
-    with monkeypatch.context() as patch, pytest.raises(BadInput, match=f"^cannot load {tmp_path}/absent .*hub.*compress and incompress need no model$"):
-        patch.setitem(hub, "clip", str(tmp_path / "absent"))
-        rewards.get_reward("clip")(images, PROMPTS)
-    (tmp_path / "aesthetic-model.pth").write_bytes(b"cos\nsystem\n(S'true'\ntR.")  # a pickle that would run a command
-    monkeypatch.setitem(hub, "aesthetic", str(tmp_path))
-    with pytest.raises(BadInput, match=f"^cannot load {tmp_path} "):
-        rewards.get_reward("aesthetic")(images, PROMPTS)
-
-
-def test_prompt_sets():
-    animals, others, imagenet, active = (rewards.get_prompts(name) for name in ("animals", "other-animals", "imagenet-animals", "animals-activities"))
-    assert [len(set(v)) for v in (animals, others, imagenet, active)] == [len(v) for v in (animals, others, imagenet, active)] == [45, 24, 398, 135]
-    assert not set(animals) & set(others) and set(others) <= set(json.loads((HERE / "tiny" / "pictures.json").read_text())["labels"])
-    index = {0: "tench", 1: "goldfish", 151: "Chihuahua", 207: "golden retriever", 281: "tabby", 340: "zebra", 388: "giant panda", 397: "puffer"}
-    assert {i: imagenet[i] for i in index} == index and not any("," in name for name in imagenet)
-    assert {"an ant riding a bike", "a dog playing chess", "a kangaroo washing dishes"} < set(active)
-
-
-def test_prompts_from_a_file_and_from_the_command_line(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("p.txt").write_text("a cat\n\n  red apple \n")
-    Path("my prompts").write_text("owl\n")
-    assert rewards.get_prompts("p.txt") == ["a cat", "red apple"] and rewards.get_prompts("my prompts") == ["owl"]
-    long = "a cat " * 200
-    assert rewards.get_prompts("a cat") == ["a cat"] and rewards.get_prompts(long) == [long.strip()]
-    for typo in ("promts.txt", "my promts.txt", "cat", " ", ""):
-        with pytest.raises(BadInput, match="two words"):
-            rewards.get_prompts(typo)
-
-
-# ---------------------------------------------------------------------------------------------------- when things go wrong
-def test_a_gradient_that_is_not_finite_is_skipped_and_ten_in_a_row_end_the_run(model):
-    perturbed(model)
-    cfg = replace(rlcm.resolve(Config(model="tiny", kl=0.0)), updates=2, micro_batch=4)
-    s, c, roll = rolled(model, cfg)
-    params = [p for p in model.unet.parameters() if p.requires_grad]
-    before, optimizer = [p.detach().clone() for p in params], torch.optim.Adam(params, 1e-3)
-    bad = torch.full((8,), float("nan"))
-    log = update(model, cfg, Accelerator(cpu=True), optimizer, s, c, roll, bad, torch.ones(8))
-    assert log["skipped"] == 2 and all(torch.equal(a, b) for a, b in zip(before, params))
-    with pytest.raises(BadInput, match="ten gradients in a row"):
-        update(model, cfg, Accelerator(cpu=True), optimizer, s, c, roll, bad, torch.ones(8), skipped=8)
-    half = torch.cat([bad[:4], torch.ones(4)])  # the second step is sound again
-    log = update(model, cfg, Accelerator(cpu=True), optimizer, s, c, roll, half, torch.ones(8), skipped=8)
-    assert log["skipped"] == 0 and any(not torch.equal(a, b) for a, b in zip(before, params)) and all(p.isfinite().all() for p in params)
-
-
-LINES = dict(model="tiny", steps=2, epochs=5, batch_size=4, micro_batch=4, save_every=1, kl=0.01)  # a run of a second or two
-
-
-def trainee(settings, where=None, limit=None):
-    """Target of a child process: a run or its resumption, which kills itself at the point `where`, or has a disk full after `limit` bytes a file."""
-    sys.stdout = sys.stderr = open("/dev/null", "w")
-    torch.set_num_threads(1)
-    calls = {"n": 0}
-
-    def dies(fn, before=0):
-        def deadly(*args, **kwargs):
-            calls["n"] += 1
-            if calls["n"] == where[1]:
-                if before:  # half of the file is written
-                    args[1].write(b"x" * before)
-                    args[1].flush()
-                os.kill(os.getpid(), signal.SIGKILL)
-            return fn(*args, **kwargs)
-        return deadly
-
-    if where and where[0] == "save":
-        torch.save = dies(torch.save, before=1000)
-    if where and where[0] == "replace":
-        os.replace = dies(os.replace)
-    if limit:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    sys.exit(rlcm.main([word for name, value in settings.items() for word in (f"--{name}", str(value))]) or 0)
-
-
-@pytest.fixture(scope="session")
-def spawn():
-    """Starts `trainee` in a fresh process whose libraries are already imported."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rlcm", "accelerate", "diffusers", "peft", "transformers", "test_rlcm"])
-
-    def start(*args):
-        process = context.Process(target=trainee, args=args)
-        process.start()
-        return process
-
-    return start
-
-
-def values(run):
-    return [[v for k, v in row.items() if k != "seconds"] for row in metrics(Path(run))]
-
-
-def go_on(out):
-    """--resume where there is a run, a new one where there is not (killed before its config was written)."""
-    if (out / "config.json").exists():
-        return {"resume": out}
-    shutil.rmtree(out, ignore_errors=True)
-    return {**LINES, "out": out}
-
-
-def test_a_run_killed_at_twenty_moments_ends_as_the_one_left_alone(spawn, tmp_path):
-    """SIGKILL inside saves (half-written checkpoint, before and between renames), while starting and in the midst of epochs; then resumed to the end."""
-    alone, killed, rng, epochs = tmp_path / "alone", tmp_path / "killed", np.random.default_rng(0), 14
-    undisturbed = spawn({**LINES, "epochs": epochs, "out": alone})
-    saves = [("replace", 1), ("save", 1), ("replace", 3), ("replace", 5), ("save", 2), ("replace", 8), ("replace", 6), ("save", 1)]
-    written = lambda: (killed / "metrics.csv").stat().st_mtime_ns
-    for n in range(20):
-        if n == len(saves):
-            undisturbed.join()
-            assert undisturbed.exitcode == 0
-            an_epoch = float(metrics(alone)[-1]["seconds"]) / epochs
-        before = written() if n > 1 else None
-        process = spawn({**go_on(killed), "epochs": epochs}, saves[n] if n < len(saves) else None)
-        if n < len(saves):
-            where = f"inside call {saves[n][1]} of {'torch.save' if saves[n][0] == 'save' else 'os.replace'}"
-            process.join()
-        else:
-            while n % 2 and written() == before and process.is_alive():  # every other run gets past its first epoch
-                time.sleep(0.005)
-            wait = rng.uniform(0, 1.5 * an_epoch)
-            where = f"{wait:.2f} s after {'an epoch' if n % 2 else 'its start'}"
-            process.join(wait)
-            process.kill(), process.join()
-        assert process.exitcode == -signal.SIGKILL
-        print(f"kill {n + 1:2d} {where:32} {len(values(killed)) if n else 0:2d} of {epochs} epochs in metrics.csv")  # seen with -rP
-    assert len(values(killed)) >= 6  # the kills did not all meet the same epoch
-    process = spawn({**go_on(killed), "epochs": epochs})
-    process.join()
-    assert process.exitcode == 0
-    assert values(alone) == values(killed) and same_weights(alone, killed)
-    for picture in (alone / "samples").iterdir():
-        assert picture.read_bytes() == (killed / "samples" / picture.name).read_bytes()
-
-
-def test_a_full_disk_is_one_line_and_the_last_checkpoint_survives(spawn, tmp_path):
+def test_one_step_is_trained_by_its_last_noise(mini, tmp_path):
+    """And the noise is of training only: the grid is what a plain pipeline draws in one step."""
     out = tmp_path / "run"
-    process = spawn({**LINES, "epochs": 1, "out": out})
-    process.join()
-    before = (out / "checkpoint" / "state.pt").read_bytes()
-    process = spawn({"resume": out, "epochs": 3}, None, 100_000)
-    process.join()
-    assert process.exitcode == 2
-    assert (out / "checkpoint" / "state.pt").read_bytes() == before
-    process = spawn({"resume": out, "epochs": 2})
-    process.join()
-    assert process.exitcode == 0 and len(values(out)) == 2
+    settings = dict(SMALL, model=mini, steps=1, last_noise=0.6, lr=0.01, guidance=3.0, prompts="a red cat")
+    assert rlcm.main(words(**settings, out=out)) == 0 and column(out, "ratio_drift") == [0, 0]
+    options = dict(num_inference_steps=1, guidance_scale=3.0)
+    base, tuned = (plain_pictures(mini, ["a red cat"], lora=lora, **options)[0] for lora in (None, out))
+    assert (tuned - base).abs().max() > 0.02
+    place(base, out / "samples" / "epoch-0000.png")
+    place(tuned, out / "samples" / "epoch-0002.png")
 
 
-def test_a_reward_that_turns_nan_is_named_and_the_last_checkpoint_is_intact(spawn, tmp_path):
-    (tmp_path / "flaky.py").write_text("calls = []\ndef fn(images, prompts):\n    calls.append(1)\n    r = images.mean((1, 2, 3))\n    return r / 0 * 0 if len(calls) == 6 else r\n")
-    out = tmp_path / "run"
-    process = spawn({**LINES, "reward": f"{tmp_path}/flaky.py:fn", "out": out})  # calls: first grid, then rollout and grid of each epoch
-    process.join()
-    assert process.exitcode == 2 and len(values(out)) == 2
-    assert len(rlcm.load_checkpoint(out / "checkpoint")["rows"]) == 2
-    process = spawn({"resume": out, "epochs": 3})
-    process.join()
-    assert process.exitcode == 0 and len(values(out)) == 3
-
-
-def test_ctrl_c_saves_and_resumes(spawn, tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    for out in (whole, parts):
-        process = spawn({**LINES, "save_every": 100, "epochs": 12, "out": out})
-        if out == parts:
-            while not (out / "metrics.csv").exists():
-                time.sleep(0.02)
-            os.kill(process.pid, signal.SIGINT)
-        process.join()
-        assert process.exitcode == (130 if out == parts else 0)
-    assert 1 <= len(values(parts)) < 12 and (parts / "checkpoint" / "state.pt").exists()
-    process = spawn({"resume": parts})
-    process.join()
-    assert process.exitcode == 0 and values(whole) == values(parts) and same_weights(whole, parts)
-
-
-def test_two_processes_give_the_gradient_of_one(tmp_path):
-    """The same run on one process and on two with half the batch each: same rewards, gradient norms and weights, to float tolerance."""
-    command = "rlcm.py --model tiny --epochs 2 --batch-size 8 --micro-batch 4 --kl 0.01 --seed 3 --out".split()
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    one = subprocess.run([sys.executable, *command, tmp_path / "one"], cwd=HERE, env=env, capture_output=True, text=True)
-    two = subprocess.run([*launch, *command, tmp_path / "two"], cwd=HERE, env=env, capture_output=True, text=True)
-    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
-    assert json.loads((tmp_path / "two" / "config.json").read_text())["processes"] == 2
-    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two")):
-        for name in ("reward_mean", "reward_std", "path_kl", "grad_norm"):
-            assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-4, abs=1e-6), name
-        assert float(b["ratio_drift"]) == 0.0
-    from safetensors.torch import load_file
-    a, b = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("one", "two"))
-    assert all((a[k] - b[k]).abs().max() <= 0.05 * a[k].abs().max() for k in a)  # Adam's first steps are signs: tiny gradients may differ
-
-
-# ---------------------------------------------------------------------------------------------------------------- runs
-def test_a_run_learns_and_stays_on_policy(run):
-    rows = metrics(run)
-    r = [float(row["reward_mean"]) for row in rows]
-    assert len(rows) == 10 and all(float(row["ratio_drift"]) == 0.0 for row in rows)
-    assert np.mean(r[-3:]) > np.mean(r[:3]) + 0.25 * float(rows[0]["reward_std"])
-    assert float(rows[0]["path_kl"]) == 0.0 < float(rows[-1]["path_kl"])
-    assert [int(row["reward_queries"]) for row in rows] == [48 * (i + 1) for i in range(10)]
-
-
-def test_a_run_leaves_what_it_promises(run):
-    assert {p.name for p in run.iterdir()} == {"config.json", "metrics.csv", "samples", "reward.png", "checkpoint", "pytorch_lora_weights.safetensors"}
-    assert {p.name for p in (run / "samples").iterdir()} == {f"epoch-{e:04d}.png" for e in (0, 5, 10)}
-    assert json.loads((run / "config.json").read_text())["versions"]["torch"].startswith("2.13.0")
-    assert 0.3 < float(metrics(run)[-1]["likeness"]) < 0.999
-
-
-def plain_pictures(lora, prompts):
-    """What a user of diffusers gets: no code of this repository."""
-    from diffusers import DiffusionPipeline
-    pipe = DiffusionPipeline.from_pretrained(HERE / "tiny" / "lcm", dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    if lora:
-        pipe.load_lora_weights(lora)
-    g = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-    return pipe(prompts, num_inference_steps=4, guidance_scale=GUIDANCE, generator=g, output_type="np").images
-
-
-def test_lora_in_a_plain_pipeline_draws_the_runs_last_grid(run):
-    prompts = rewards.ANIMALS[:16]
-    tuned, base = plain_pictures(run, prompts), plain_pictures(None, prompts)
-    assert np.abs(tuned - base).mean() > 0.005  # the LoRA does something
-    sheet = np.asarray(Image.open(run / "samples" / "epoch-0010.png")).astype(float)
-    for i, picture in enumerate(tuned):  # 8 columns of 128-pixel tiles, 18-pixel caption lines
-        y, x = 18 + (i // 8) * 146, (i % 8) * 128
-        mine = np.asarray(Image.fromarray(np.uint8(np.rint(picture * 255))).resize((128, 128), Image.LANCZOS)).astype(float)
-        assert np.abs(sheet[y : y + 128, x : x + 128] - mine).max() <= 2
-
-
-def same_weights(a, b):
-    """Bit for bit; the file's header may order its entries differently."""
-    from safetensors.torch import load_file
-    a, b = (load_file(Path(run) / "pytorch_lora_weights.safetensors") for run in (a, b))
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def test_a_seed_fixes_a_run_and_the_adapter_starts_as_the_identity(tmp_path):
-    a, b, c = (rlcm.train(Config(**{**SMALL, "steps": 2, "save_every": 100}, seed=seed, out=str(tmp_path / name))) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+def test_a_seed_fixes_a_run_and_another_one_changes_it(mini, tmp_path):
+    given = dict(SMALL, model=mini, steps=2, epochs=1)
+    a, b, c = (
+        rlcm.train(Config(**given, seed=seed, out=str(tmp_path / name)))
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
     assert values(a) == values(b) != values(c)
     assert same_weights(a, b) and not same_weights(a, c)
-    assert float(values(a)[0][6]) == 0.0  # path KL of the first epoch
 
 
-def test_resume_is_the_uninterrupted_run_bit_for_bit(tmp_path):
-    """A run of four epochs, and one stopped after two whose newest checkpoint is then damaged, so that it goes on from the first."""
-    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
-    rlcm.train(Config(**{**SMALL, "epochs": 4}, kl=0.01, out=whole))
-    rlcm.train(Config(**{**SMALL, "epochs": 2}, kl=0.01, out=parts))
-    (tmp_path / "parts" / "checkpoint" / "state.pt").write_bytes(b"damaged")
-    assert rlcm.main(["--resume", parts, "--epochs", "4"]) is None
-    assert values(whole) == values(parts)
-    assert same_weights(whole, parts)
-    for name in ("samples/epoch-0003.png", "samples/epoch-0004.png"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+def test_a_gradient_that_is_not_finite_ends_the_run_not_its_checkpoint(mini, tmp_path, monkeypatch, capsys):
+    """NaN advantages in the second epoch: one line; and the run can go on from the first."""
+    out, calls = tmp_path / "run", []
+
+    def poisoned(*args):
+        calls.append(args)
+        A, inv_std = advantages(*args)
+        return (A / 0 * 0 if len(calls) == 2 else A), inv_std
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rlcm, "advantages", poisoned)
+        assert rlcm.main(words(**SMALL, model=mini, steps=2, out=out)) == 2
+    last = re.split(r"[\r\n]+", capsys.readouterr().err.strip())[-1]
+    assert last.startswith("rlcm.py: ") and "gradient of epoch 2 is not finite" in last
+    assert len(values(out)) == 1
+    assert rlcm.main(["--resume", str(out)]) == 0 and len(values(out)) == 2
+    assert all(p.isfinite().all() for p in load_file(out / "pytorch_lora_weights.safetensors").values())
+
+
+def test_resume_is_the_uninterrupted_run_bit_for_bit(mini, tmp_path):
+    """A run of three epochs, and one of two that is given a third."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    settings = dict(SMALL, model=mini, steps=2, kl=0.01, save_every=2, prompts="a red cat")
+    assert rlcm.main(words(**settings | {"epochs": 3}, out=whole)) == 0
+    assert rlcm.main(words(**settings, out=parts)) == 0
+    assert rlcm.main(["--resume", str(parts), "--epochs", "3"]) == 0
+    assert values(whole) == values(parts) and same_weights(whole, parts)
+    for picture in (whole / "samples").iterdir():
+        assert picture.read_bytes() == (parts / "samples" / picture.name).read_bytes()
+
+
+def test_a_run_without_a_checkpoint_yet_begins_anew(mini, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    rlcm.train(Config(**SMALL | {"epochs": 1}, model=mini, steps=2, out=str(whole)))
+    (killed / "samples").mkdir(parents=True)
+    shutil.copy(whole / "config.json", killed)
+    assert rlcm.main(["--resume", str(killed)]) == 0
+    assert values(whole) == values(killed) and same_weights(whole, killed)
+
+
+def test_full_parameter_training_starts_as_the_base_model_and_is_loaded_back(mini, tmp_path):
+    settings = dict(SMALL, model=mini, lora_rank=0, lr=5e-3, kl=0.01, guidance=3.0)
+    out = rlcm.train(Config(**settings, out=str(tmp_path / "full")))
+    assert column(out, "path_kl")[0] == 0 < column(out, "path_kl")[1] and column(out, "ratio_drift") == [0, 0]
+    unet = UNet2DConditionModel.from_pretrained(out / "unet")
+    pipe = DiffusionPipeline.from_pretrained(mini, unet=unet, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    options = dict(num_inference_steps=4, guidance_scale=3.0, output_type="pt")
+    tuned = pipe(["a cat"], generator=[torch.Generator().manual_seed(0)], **options).images[0]
+    base = plain_pictures(mini, ["a cat"], num_inference_steps=4, guidance_scale=3.0)[0]
+    assert (tuned - base).abs().mean() > 0.01
+    path = tmp_path / "s.png"
+    assert rlcm.main(["--sample", "a cat", "--load", str(out), "--out", str(path)]) == 0
+    assert place(tuned, path)[0] > place(base, path)[0]
 
 
 @pytest.mark.parametrize("method", ["ddpo", "score"])
-def test_the_diffusion_methods_learn(method, tmp_path):
-    """A reward that few pictures suffice for: darkness."""
-    (tmp_path / "mine.py").write_text("def dark(images, prompts):\n    return -images.mean((1, 2, 3))\n")
-    out = rlcm.train(Config(model="tiny", method=method, reward=f"{tmp_path}/mine.py:dark", steps=4, epochs=10, batch_size=24, micro_batch=24, lr=0.01, kl=0.0, save_every=100, out=str(tmp_path / "run")))
-    rows = metrics(out)
-    r = [float(row["reward_mean"]) for row in rows]
-    assert all(float(row["ratio_drift"]) == 0.0 for row in rows)
-    assert np.mean(r[-3:]) > np.mean(r[:3]) + 0.7 * float(rows[0]["reward_std"]), r
+def test_the_diffusion_methods_on_the_embedded_model(method, tmp_path):
+    """They stay on policy, leave the base model, and their LoRA draws what the run's last grid shows."""
+    out = tmp_path / method
+    settings = dict(model="tiny", method=method, steps=3, epochs=2, batch_size=4, micro_batch=2, save_every=2)
+    assert rlcm.main(words(**settings, prompts="a red cat", out=out)) == 0
+    assert column(out, "ratio_drift") == [0, 0] and column(out, "path_kl")[1] > column(out, "path_kl")[0] == 0
+    model = rlcm.load_model(rlcm.read_config(out))
+    rlcm.load_weights(model, out)
+    if method == "ddpo":  # the same as a plain pipeline's DDIM with eta = 1
+        options = dict(num_inference_steps=3, guidance_scale=3.0, eta=1.0)
+        picture = plain_pictures(HERE / "tiny" / "sd", ["a red cat"], lora=out, **options)[0]
+    else:
+        picture = rlcm.draw(model, rlcm.read_config(out), ["a red cat"])[0]
+    place(picture, out / "samples" / "epoch-0002.png")
+
+
+# ------------------------------------------------------------------------------------- one run of the default
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """A short run of the default method on the embedded model."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    settings = dict(model="tiny", epochs=5, batch_size=16, micro_batch=8, lr=0.01, prompts="a red apple")
+    assert rlcm.main(words(**settings, save_every=4, out=out)) == 0
+    return out
+
+
+PLAIN = dict(num_inference_steps=4, guidance_scale=6.0)
+
+
+@pytest.mark.xdist_group("run")
+def test_a_run_learns_and_stays_on_policy(run):
+    r = column(run, "reward_mean")
+    assert len(r) == 5 and column(run, "ratio_drift") == [0.0] * 5
+    assert np.mean(r[-2:]) > r[0] + column(run, "reward_std")[0]
+    assert column(run, "reward_queries") == [32, 64, 96, 128, 160]
+
+
+@pytest.mark.xdist_group("run")
+def test_a_run_leaves_what_it_promises(run):
+    names = "config.json metrics.csv samples reward.png checkpoint pytorch_lora_weights.safetensors"
+    assert {p.name for p in run.iterdir()} == set(names.split())
+    assert {p.name for p in (run / "samples").iterdir()} == {f"epoch-{e:04d}.png" for e in (0, 4, 5)}
+    config = json.loads((run / "config.json").read_text())
+    assert config["versions"]["torch"] == torch.__version__ and config["processes"] == 1
+    assert rlcm.read_config(run) == Config(**{name: config[name] for name in asdict(Config())})
+    likeness = {int(row["epoch"]): float(row["likeness"]) for row in metrics(run) if row["likeness"]}
+    assert likeness.keys() == {4, 5} and 0.3 < likeness[5] < 0.999
+
+
+@pytest.mark.xdist_group("run")
+def test_the_lora_in_a_plain_pipeline_draws_the_runs_last_grid(run):
+    prompts = ["a red apple"] * 16
+    tuned = plain_pictures(HERE / "tiny" / "lcm", prompts, lora=run, **PLAIN)
+    base = plain_pictures(HERE / "tiny" / "lcm", prompts, **PLAIN)
+    assert (tuned - base).abs().mean() > 0.005  # the LoRA does something
+    for pictures, epoch in ((base, 0), (tuned, 5)):
+        places = [place(picture, run / "samples" / f"epoch-{epoch:04d}.png") for picture in pictures]
+        assert len(set(places)) == 16 and places == sorted(places)  # in reading order
+    assert rlcm.likeness(tuned, base) == pytest.approx(float(metrics(run)[-1]["likeness"]), abs=1e-3)
+
+
+@pytest.mark.xdist_group("run")
+def test_sample_draws_base_above_tuned(run, tmp_path, capsys):
+    path, prompts = tmp_path / "pictures.png", ["a cat", "pizza"]
+    assert rlcm.main(["--sample", *prompts, "--load", str(run), "--out", str(path)]) == 0
+    assert str(path) in capsys.readouterr().out
+    base = plain_pictures(HERE / "tiny" / "lcm", prompts, **PLAIN)
+    tuned = plain_pictures(HERE / "tiny" / "lcm", prompts, lora=run, **PLAIN)
+    (b0, b1), (t0, t1) = ([place(picture, path) for picture in row] for row in (base, tuned))
+    assert b0[0] == b1[0] < t0[0] == t1[0] and b0[1] == t0[1] < b1[1] == t1[1]  # two rows, two columns
+
+
+@pytest.mark.xdist_group("run")
+def test_evaluate_measures_what_a_plain_pipeline_draws(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(evaluate.STEPS, "lcm", (1,))
+    monkeypatch.setattr(evaluate, "PICTURES", 9)
+    copy = shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "one.txt").write_text("pizza\n")
+    assert evaluate.main([str(copy), "--prompts", str(tmp_path / "one.txt")]) == 0
+    with open(copy / "evaluation.csv") as f:
+        table = {tuple(row.values())[:4]: row for row in csv.DictReader(f)}
+    sets = [("1", "4"), ("base", "tuned"), ("training", "held-out")]
+    assert set(table) == set(itertools.product(["rlcm"], *sets)) and (copy / "evaluation.png").exists()
+    for weights, lora in (("base", None), ("tuned", run)):
+        pictures = plain_pictures(HERE / "tiny" / "lcm", ["pizza"] * 9, lora=lora, **PLAIN)
+        r, row = rewards.compress(pictures, ["pizza"] * 9), table["rlcm", "4", weights, "held-out"]
+        assert float(row["reward"]) == pytest.approx(r.mean().item(), abs=0.003)
+        assert float(row["standard_error"]) == pytest.approx(r.std().item() / 3, rel=0.02)
 
 
 @pytest.mark.parametrize("method", ["ddpo", "score"])
-def test_the_diffusion_methods_run_stay_on_policy_and_are_evaluated(method, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(figures.STEPS, "diffusion", (3,))
-    monkeypatch.setattr(figures, "PICTURES", 4)
+def test_evaluate_of_the_diffusion_methods(method, mini_sd, tmp_path, capsys, monkeypatch):
+    """Their own sampler by number of steps, and DPM-Solver++ as a plain pipeline draws it."""
+    monkeypatch.setitem(evaluate.STEPS, "diffusion", (3,))
+    monkeypatch.setattr(evaluate, "PICTURES", 4)
     out = tmp_path / method
     (tmp_path / "two.txt").write_text("a cat\nan owl\n")
-    assert rlcm.main(f"--model tiny --method {method} --prompts {tmp_path}/two.txt --steps 3 --epochs 2 --batch-size 8 --micro-batch 4 --save-every 2 --out {out}".split()) is None
-    assert [float(row["ratio_drift"]) for row in metrics(out)] == [0.0, 0.0] and float(metrics(out)[1]["path_kl"]) > 0
+    given = dict(SMALL, model=mini_sd, method=method, prompts=f"{tmp_path}/two.txt", steps=3, guidance=3.0)
+    assert rlcm.main(words(**given, lr=0.01, out=out)) == 0
     capsys.readouterr()
-    assert rlcm.main(["--evaluate", str(out), "--eval-prompts", str(tmp_path / "two.txt"), "--steps", "2"]) is None
-    rows = list(csv.DictReader(open(out / "evaluation.csv")))
-    assert {(row["sampler"], row["steps"]) for row in rows} == {(method, "1"), (method, "2"), (method, "3"), (method, "4"), ("dpm-solver++", "2")}
-    assert {(row["weights"], row["prompts"]) for row in rows} == {("base", "training"), ("base", "held-out"), ("tuned", "training"), ("tuned", "held-out")}
-    assert (out / "evaluation.png").exists() and capsys.readouterr().err == ""  # a quiet terminal
-
-
-def test_evaluate_measures_what_a_plain_pipeline_draws(run, tmp_path, monkeypatch):
-    monkeypatch.setitem(figures.STEPS, "lcm", (1, 4))
-    (tmp_path / "one.txt").write_text("pizza\n")
-    assert rlcm.main(["--evaluate", str(run), "--eval-prompts", str(tmp_path / "one.txt")]) is None
-    row = next(row for row in csv.DictReader(open(run / "evaluation.csv")) if (row["steps"], row["weights"], row["prompts"]) == ("4", "tuned", "held-out"))
-    pictures = torch.from_numpy(plain_pictures(run, ["pizza"] * 64)).permute(0, 3, 1, 2)
-    r = rewards.compress(pictures, ["pizza"] * 64)
-    assert float(row["reward"]) == pytest.approx(r.mean().item(), abs=0.003)
-    assert float(row["standard_error"]) == pytest.approx(r.std().item() / 8, rel=0.02)
-    (run / "evaluation.csv").unlink(), (run / "evaluation.png").unlink()
-
-
-def test_curves_average_the_seeds(run, tmp_path, monkeypatch):
-    """A run and a copy of it with another seed and all rewards one higher: one line, half a unit above the run's own."""
-    other = tmp_path / "other"
-    shutil.copytree(run, other)
-    (other / "config.json").write_text((run / "config.json").read_text().replace('"seed": 0', '"seed": 1'))
-    rows = [{**row, "reward_mean": float(row["reward_mean"]) + 1} for row in metrics(run)]
-    rlcm.save_metrics(rows, other / "metrics.csv")
-    plt = figures.pyplot()
-    monkeypatch.setattr(plt, "close", lambda figure: None)  # so that the test can read the axes
-    assert rlcm.main(["--plot", str(run), str(other), "--out", str(tmp_path / "curves.png")]) is None
-    queries = plt.gcf().axes[0]
-    assert len(queries.lines) == 1 and (tmp_path / "curves.png").exists()
-    assert queries.lines[0].get_xdata()[-1] == 480
-    assert queries.lines[0].get_ydata()[-1] == pytest.approx(float(metrics(run)[-1]["reward_mean"]) + 0.5)
-
-
-def test_full_parameter_training_starts_as_the_base_model_and_is_loaded_back(tmp_path):
-    out = rlcm.train(Config(**{**SMALL, "lora_rank": 0, "lr": 1e-4, "kl": 0.01}, out=str(tmp_path / "full")))
-    rows = metrics(out)
-    assert float(rows[0]["path_kl"]) == 0.0 < float(rows[1]["path_kl"]) and float(rows[0]["ratio_drift"]) == 0.0
-    from diffusers import DiffusionPipeline, UNet2DConditionModel
-    pipe = DiffusionPipeline.from_pretrained(HERE / "tiny" / "lcm", unet=UNet2DConditionModel.from_pretrained(out / "unet"), dtype=torch.float32)
+    rows = evaluate.evaluate(out, str(tmp_path / "two.txt"), steps=2)
+    assert capsys.readouterr().err == ""  # a quiet terminal
+    samplers = {(row["sampler"], row["steps"]) for row in rows}
+    assert samplers == {(method, 1), (method, 2), (method, 3), (method, 4), ("dpm-solver++", 2)}
+    cases = {(row["weights"], row["prompts"]) for row in rows}
+    assert cases == set(itertools.product(("base", "tuned"), ("training", "held-out"))) and len(rows) == 20
+    assert (out / "evaluation.csv").exists() and (out / "evaluation.png").exists()
+    pipe = DiffusionPipeline.from_pretrained(mini_sd, dtype=torch.float32)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.load_lora_weights(out)
     pipe.set_progress_bar_config(disable=True)
-    tuned = pipe(["a cat"], num_inference_steps=4, guidance_scale=GUIDANCE, generator=[torch.Generator().manual_seed(0)], output_type="np").images[0]
-    assert rlcm.main(["--sample", "a cat", "--load", str(out), "--out", str(tmp_path / "s.png")]) is None
-    mine = np.asarray(Image.fromarray(np.uint8(np.rint(tuned * 255))).resize((128, 128), Image.LANCZOS)).astype(float)
-    assert np.abs(np.asarray(Image.open(tmp_path / "s.png")).astype(float)[146:274] - mine).max() <= 2
+    g = [torch.Generator().manual_seed(i) for i in range(4)]
+    options = dict(generator=g, num_inference_steps=2, guidance_scale=3.0, output_type="pt")
+    r = rewards.compress(pipe(["a cat", "an owl"] * 2, **options).images, [""] * 4)
+    found = [row["reward"] for row in rows if row["sampler"] == "dpm-solver++" and row["weights"] == "tuned"]
+    assert found == pytest.approx([r.mean().item()] * 2, abs=0.003)
 
 
-def test_sample_draws_base_above_tuned(run, tmp_path, capsys):
-    path = tmp_path / "pictures.png"
-    assert rlcm.main(["--sample", "a cat", "pizza", "--load", str(run), "--out", str(path)]) is None
-    sheet = np.asarray(Image.open(path)).astype(float)
-    assert sheet.shape == (2 * 146, 2 * 128, 3) and str(path) in capsys.readouterr().out
-    base, tuned = plain_pictures(None, ["a cat", "pizza"]), plain_pictures(run, ["a cat", "pizza"])
-    for row, pictures in enumerate((base, tuned)):
-        for i, picture in enumerate(pictures):
-            mine = np.asarray(Image.fromarray(np.uint8(np.rint(picture * 255))).resize((128, 128), Image.LANCZOS)).astype(float)
-            assert np.abs(sheet[row * 146 : row * 146 + 128, i * 128 : i * 128 + 128] - mine).max() <= 2
+def fake_run(folder, seed, reward_mean, **settings):
+    """What plot.py reads of a run: config.json and metrics.csv of three epochs of 8 pictures."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(asdict(Config(model="tiny", seed=seed, **settings))))
+    rows = [
+        {"epoch": i, "seconds": 2.0 * i, "reward_queries": 8 * i, "reward_mean": r, "reward_std": 0.5}
+        for i, r in enumerate(reward_mean, 1)
+    ]
+    rlcm.save_metrics(rows, folder / "metrics.csv")
+    return str(folder)
+
+
+def test_curves_average_the_seeds(tmp_path):
+    """Two seeds are one line, another learning rate is a second one; the band is one std."""
+    a = fake_run(tmp_path / "a", 0, [1, 2, 3])
+    b = fake_run(tmp_path / "b", 1, [3, 4, 5])
+    c = fake_run(tmp_path / "c", 0, [0, 0, 6], lr=0.5)
+    path = tmp_path / "curves.png"
+    queries, seconds = plot.curves([a, b, c], path).axes
+    assert path.stat().st_size > 1000
+    for axis, end in ((queries, 24), (seconds, 6)):
+        both, other = axis.lines
+        assert both.get_xdata()[-1] == end and both.get_ydata()[[0, -1]].tolist() == [2, 4]
+        assert other.get_ydata()[-1] == 6 and "0.5" in other.get_label()
+        first, second = (band.get_paths()[0].vertices for band in axis.collections)
+        assert first[:, 1].max() == 5 and second[:, 1].max() == 6.5
+    assert plot.main([a, "--out", str(path)]) == 0
 
 
 def test_likeness():
     a = torch.rand(4, 3, 8, 8)
-    assert figures.likeness(a, a) == pytest.approx(1.0, abs=1e-5)
-    assert figures.likeness(torch.ones(4, 3, 8, 8), a) == 0.0
-    assert abs(figures.likeness(torch.rand(64, 3, 32, 32), torch.rand(64, 3, 32, 32))) < 0.05
+    assert rlcm.likeness(a, a) == pytest.approx(1.0, abs=1e-5)
+    assert rlcm.likeness(1 - a, a) == pytest.approx(-1.0, abs=1e-5)
+    assert rlcm.likeness(torch.ones(4, 3, 8, 8), a) == 0.0
+    assert abs(rlcm.likeness(torch.rand(64, 3, 32, 32), torch.rand(64, 3, 32, 32))) < 0.05
 
 
-def test_tiny_draws_what_it_is_asked_for(model):
+def test_tiny_draws_what_it_is_asked_for():
     """A sample of tiny/README.md's quality number: the nearest training picture carries the caption."""
     train, labels = make_tiny.training_pictures()
     captions = make_tiny.fixed_captions(labels)[:64]
-    from diffusers import DiffusionPipeline
-    pictures = make_tiny.draw(DiffusionPipeline.from_pretrained(HERE / "tiny" / "lcm", dtype=torch.float32), captions, num_inference_steps=4, guidance_scale=GUIDANCE)
+    pipe = DiffusionPipeline.from_pretrained(HERE / "tiny" / "lcm", dtype=torch.float32)
+    pictures = make_tiny.draw(pipe, captions, **PLAIN)
     assert make_tiny.nearest_accuracy(pictures, captions, train, labels) >= 0.75
     assert make_tiny.retrieval(pictures, captions, labels) >= 0.65
-    size = lambda folder: sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and "work" not in p.parts)
-    assert size(HERE / "tiny") <= 34e6 and size(HERE / "tiny" / "clip") <= 4e6
+    files = [p for p in (HERE / "tiny").rglob("*") if p.is_file() and "work" not in p.parts]
+    assert sum(p.stat().st_size for p in files) <= 34e6
+    assert sum(p.stat().st_size for p in files if "clip" in p.parts) <= 4e6
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
-REWARD_FILE = """
+# -------------------------------------------------------------------------------------- when things go wrong
+class Child:
+    """A function in a process forked from one that has imported everything."""
+
+    context = multiprocessing.get_context("forkserver")
+
+    def __init__(self, *call):
+        self.printed, sender = self.context.Pipe(duplex=False)
+        self.process = self.context.Process(target=in_child, args=(sender, *call))
+        self.process.start()
+
+    def wait(self, timeout=None):
+        """-> exit code, None if it still runs."""
+        self.process.join(timeout)
+        return self.process.exitcode
+
+    def kill(self):
+        self.process.kill()
+        return self.wait()
+
+    def said(self):
+        """The end of what it printed; nothing if it was killed."""
+        return self.printed.recv() if self.printed.poll() else ""
+
+
+def in_child(sender, function, *args):
+    sys.stdout = sys.stderr = text = io.StringIO()
+    torch.set_num_threads(1)
+    status = 1
+    try:
+        status = function(*args)
+    except BaseException:
+        traceback.print_exc()
+    sender.send(text.getvalue()[-9999:])
+    sys.exit(status)
+
+
+def file_limit(size, kill=False):
+    """From now on no file grows beyond `size` bytes, as on a full disk; or the attempt kills the process."""
+    if kill:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def train(settings, killed_at=None, full_at=None):
+    """A run that dies as it writes byte `killed_at` of a file, or whose files end there after its rollout."""
+    if killed_at:
+        file_limit(killed_at, kill=True)
+    original = rlcm.update
+
+    def filled(*args, **kwargs):
+        file_limit(full_at)
+        return original(*args, **kwargs)
+
+    rlcm.update = filled if full_at else original
+    return rlcm.main(words(**settings))
+
+
+@pytest.fixture(scope="session")
+def spawn():
+    Child.context.set_forkserver_preload([__name__])
+    return Child
+
+
+LINES = dict(steps=2, batch_size=4, micro_batch=4, save_every=1, kl=0.01, lora_rank=160)  # a run of a second
+SAVED = "samples/epoch-0001.png", "pytorch_lora_weights.safetensors", "checkpoint/state.pt"  # in this order
+
+
+def sizes(run):
+    """Of what a save writes: each file is larger than the one before, so that a limit meets one of them."""
+    found = [(run / name).stat().st_size for name in SAVED]
+    assert found == sorted(found)
+    return found
+
+
+def written(run):
+    """When the last epoch was."""
+    path = run / "metrics.csv"
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def go_on(settings):
+    """--resume where there is a run, a new one where it died before its config was written."""
+    out, epochs = settings["out"], settings["epochs"]
+    if (out / "config.json").exists():
+        return {"resume": out, "epochs": epochs}
+    shutil.rmtree(out, ignore_errors=True)
+    return settings
+
+
+@pytest.mark.xdist_group("children")
+def test_a_run_killed_at_six_moments_ends_as_the_one_left_alone(spawn, mini, tmp_path):
+    """SIGKILL in the midst of epochs, of the start, of a file; each time the run is resumed."""
+    alone, killed, rng = tmp_path / "alone", tmp_path / "killed", np.random.default_rng(0)
+    settings = dict(LINES, model=mini, epochs=6)
+    assert spawn(train, settings | {"out": alone}).wait() == 0
+    picture, lora, checkpoint = sizes(alone)
+    an_epoch = column(alone, "seconds")[-1] / 6
+    settings["out"] = killed
+    moments = [picture // 2, (picture + lora) // 2, "epoch", (lora + checkpoint) // 2, "start", "epoch"]
+    for n, moment in enumerate(moments, 1):
+        before = written(killed)
+        if isinstance(moment, int):
+            child = spawn(train, go_on(settings), moment)
+            code, where = child.wait(), f"at byte {moment} of a file"
+            assert code == -signal.SIGXFSZ, child.said()
+        else:
+            child = spawn(train, go_on(settings))
+            while moment == "epoch" and written(killed) == before and child.wait(0.01) is None:
+                pass
+            wait = rng.uniform(0, 1.5 * an_epoch)
+            child.wait(wait)
+            code, where = child.kill(), f"{wait:.2f} s after its {moment}"
+            assert code == -signal.SIGKILL, child.said()
+        done = len(values(killed)) if (killed / "metrics.csv").exists() else 0
+        print(f"kill {n} {where:28} {done} of 6 epochs in metrics.csv")  # seen with -rP
+    assert 2 <= done < 6
+    assert spawn(train, go_on(settings)).wait() == 0
+    assert values(alone) == values(killed) and same_weights(alone, killed)
+    for path in (alone / "samples").iterdir():
+        assert path.read_bytes() == (killed / "samples" / path.name).read_bytes()
+    assert {p.name for p in alone.iterdir()} == {p.name for p in killed.iterdir()}
+
+
+def write_metrics(out, version):
+    rlcm.save_metrics([{"epoch": i, "reward": version} for i in range(500)], out / "metrics.csv")
+
+
+def read_metrics(out):
+    rows = metrics(out)
+    assert len(rows) == 500
+    return {int(row["reward"]) for row in rows}
+
+
+def write_checkpoint(out, version):
+    model = SimpleNamespace(trained={"w": torch.full((5000,), float(version))})
+    history, rows = {"a cat": [float(version)]}, [{"epoch": version}]
+    rlcm.save_checkpoint(SimpleNamespace(out=out, saved={}, model=model, history=history, rows=rows))
+
+
+def read_checkpoint(out):
+    state = rlcm.load_checkpoint(out)
+    assert len(state["trained"]["w"]) == 5000
+    return {*state["trained"]["w"].tolist(), *state["history"]["a cat"], state["rows"][0]["epoch"]}
+
+
+class LoraPipe:
+    """What save_weights needs of a pipeline."""
+
+    save_lora_weights = staticmethod(StableDiffusionPipeline.save_lora_weights)
+
+    def __init__(self, version):
+        self.unet = torch.nn.Sequential()
+        self.unet.to_q = torch.nn.Linear(64, 64)
+        inject_adapter_in_model(LoraConfig(r=4, target_modules=["to_q"]), self.unet)
+        for p in self.unet.parameters():
+            torch.nn.init.constant_(p, version)
+
+
+def write_weights(out, version):
+    rlcm.save_weights(LoraPipe(version), out)
+
+
+def read_weights(out):
+    weights = load_file(out / "pytorch_lora_weights.safetensors").values()
+    return {value for p in weights for value in p.unique().tolist()}
+
+
+def write_and_die(write, out, event, size):
+    """Write version 1; die before the event-th thing done to a path in `out`, or at a byte of a file."""
+    seen = itertools.count(1)
+
+    def audit(name, args):
+        if any(str(out) in str(path) for path in args[:2]) and next(seen) == event:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(audit)
+    if size:
+        file_limit(size, kill=True)
+    write(out, 1)
+
+
+WRITERS = {
+    "metrics.csv": (write_metrics, read_metrics),
+    "checkpoint/state.pt": (write_checkpoint, read_checkpoint),
+    "pytorch_lora_weights.safetensors": (write_weights, read_weights),
+}
+
+
+@pytest.mark.xdist_group("children")
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_is_the_old_or_the_new_one_wherever_its_writer_is_killed(name, spawn, tmp_path):
+    """Before each thing done to a path (open, rename, ...) and in the midst of the contents."""
+    write, read = WRITERS[name]
+    write(tmp_path, 0)
+    size = (tmp_path / name).stat().st_size
+    cuts = [(0, 1), (0, size // 2), (0, size - 1), *((event, None) for event in range(1, 99))]
+    found = []
+    for event, size in cuts:
+        out = tmp_path / f"{event}-{size}"
+        out.mkdir()
+        write(out, 0)
+        child = spawn(write_and_die, write, out, event, size)
+        code = child.wait()
+        found.append(read(out))
+        assert found[-1] in ({0}, {1}), (event, size)
+        write(out, 2)
+        assert read(out) == {2}  # what is left of the killed writer is not in the way
+        left = {p.relative_to(out) for p in out.rglob("*")}
+        assert left == {Path(name), *Path(name).parents} - {Path(".")}
+        if code == 0:
+            break
+        assert code == (-signal.SIGKILL if event else -signal.SIGXFSZ), child.said()
+    print(f"{len(found) - 1} kills in {name}: {found}")  # seen with -rP
+    assert len(found) >= 6 and found[:4] == [{0}] * 4 and found[-1] == {1}
+
+
+@pytest.mark.xdist_group("children")
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_survives(spawn, mini, tmp_path):
+    """It fills up in metrics.csv, a picture, the LoRA or the checkpoint of the second epoch."""
+    out = tmp_path / "run"
+    assert spawn(train, dict(LINES, model=mini, epochs=1, out=out)).wait() == 0
+    picture, lora, checkpoint = sizes(out)
+    before = (out / "checkpoint" / "state.pt").read_bytes()
+    for limit in (200, picture // 2, (picture + lora) // 2, (lora + checkpoint) // 2):
+        child = spawn(train, {"resume": out, "epochs": 2}, None, limit)
+        code, said = child.wait(), child.said()
+        last = re.split(r"[\r\n]", said.strip())[-1]
+        assert code == 2 and last.startswith("rlcm.py: ") and "Traceback" not in said, said
+        assert (out / "checkpoint" / "state.pt").read_bytes() == before
+    assert spawn(train, {"resume": out, "epochs": 2}).wait() == 0 and len(values(out)) == 2
+
+
+@pytest.mark.xdist_group("children")
+def test_a_reward_that_turns_nan_is_named_and_the_last_checkpoint_is_intact(spawn, mini, tmp_path):
+    """Calls: the first grid, then rollout and grid of each epoch."""
+    (tmp_path / "flaky.py").write_text(
+        "calls = []\ndef fn(images, prompts):\n    calls.append(1)\n    r = images.mean((1, 2, 3))\n"
+        "    return r / 0 * 0 if len(calls) == 6 else r\n"
+    )
+    out = tmp_path / "run"
+    child = spawn(train, dict(LINES, model=mini, epochs=5, reward=f"{tmp_path}/flaky.py:fn", out=out))
+    assert child.wait() == 2 and "must be finite" in child.said()
+    assert len(values(out)) == len(rlcm.load_checkpoint(out)["rows"]) == 2
+    assert spawn(train, {"resume": out, "epochs": 3}).wait() == 0 and len(values(out)) == 3
+
+
+@pytest.mark.xdist_group("children")
+def test_ctrl_c_saves_and_resumes(spawn, mini, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    settings = dict(LINES, model=mini, save_every=100, epochs=20)
+    assert spawn(train, settings | {"out": whole}).wait() == 0
+    child = spawn(train, settings | {"out": parts})
+    while not (parts / "metrics.csv").exists() and child.wait(0.01) is None:
+        pass
+    os.kill(child.process.pid, signal.SIGINT)
+    assert child.wait() == 130 and f"--resume {parts}" in child.said()
+    assert 1 <= len(values(parts)) < 20 and (parts / "checkpoint" / "state.pt").exists()
+    assert spawn(train, {"resume": parts}).wait() == 0
+    assert values(whole) == values(parts) and same_weights(whole, parts)
+
+
+def train_as_one_of_several(settings):
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return train(settings)
+
+
+@pytest.mark.xdist_group("children")
+def test_two_processes_give_the_gradient_of_one(spawn, mini, tmp_path):
+    """A run on one process and, by torch.distributed.run's launcher, on two with half of each batch."""
+    (tmp_path / "mine.py").write_text("def red(images, prompts):\n    return images[:, 0].mean((1, 2))\n")
+    one, two = tmp_path / "one", tmp_path / "two"
+    settings = dict(SMALL, model=mini, reward=f"{tmp_path}/mine.py:red", steps=3, kl=0.1, lr=0.02)
+    assert spawn(train, settings | {"out": one}).wait() == 0
+    where = dict(rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id=str(tmp_path))
+    nodes = dict(min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=0, start_method="forkserver")
+    launched = elastic_launch(LaunchConfig(**nodes, **where), train_as_one_of_several)
+    assert launched(settings | {"out": two}) == {0: 0, 1: 0}
+    assert json.loads((two / "config.json").read_text())["processes"] == 2
+    for name in ("reward_mean", "reward_std", "reward_min", "reward_max", "path_kl", "grad_norm"):
+        assert column(one, name) == pytest.approx(column(two, name), rel=1e-4, abs=1e-6), name
+    assert column(two, "ratio_drift") == [0.0, 0.0]
+    a, b = (load_file(run / "pytorch_lora_weights.safetensors") for run in (one, two))
+    for name in a:  # Adam's first steps are signs: tiny gradients may differ
+        assert (a[name] - b[name]).abs().max() <= 0.05 * a[name].abs().max(), name
+
+
+# -------------------------------------------------------------------------------------------------- bad input
+WRONG_REWARDS = """
 import torch
 def nan(images, prompts): return torch.tensor([float("nan")] * len(prompts))
 def shape(images, prompts): return torch.zeros(len(prompts), 2)
@@ -1014,7 +1521,7 @@ def text(images, prompts): return "five"
 value = 3
 """
 
-BAD = {  # arguments: what the message must name
+BAD = {  # arguments of rlcm.py: what the message must name
     "--reward nope": "compress, incompress",
     "--reward missing.py:fn": "no reward file missing.py",
     "--reward rewards_.py:absent": "no function 'absent'",
@@ -1032,14 +1539,17 @@ BAD = {  # arguments: what the message must name
     "--reward compress:much": "'much' of reward 'compress'",
     "--reward compress:1,incompress:nan": "'nan' of reward 'incompress'",
     "--reward rewards_.py:raises:inf": "'inf' of reward 'rewards_.py:raises'",
-    "--steps 0": "between 2 and 50",
-    "--steps 1": "no random transition",
-    "--steps 51": "between 2 and 50",
+    "--steps 0": "between 1 and 50",
+    "--steps 1": "no noise to reinforce",
+    "--steps 51": "between 1 and 50",
+    "--last-noise 0.5 --method ddpo": "--method rlcm",
+    "--last-noise -0.5": "--last-noise -0.5",
     "--steps four": "invalid int value",
     "--epochs 0": "--epochs 0",
     "--epochs -3": "--epochs -3",
     "--batch_size 0": "--batch-size 0",
     "--batch-size 10 --updates 3": "does not divide",
+    "--algo reinforce --updates 2": "no ratio",
     "--lr nan": "--lr nan",
     "--lr -1": "--lr -1",
     "--kl -0.1": "--kl -0.1",
@@ -1055,7 +1565,7 @@ BAD = {  # arguments: what the message must name
     "--log-with paper": "invalid choice",
     "--paper --reward clip": "no published settings for rlcm clip",
     "--lcm-lora nowhere": "cannot load the model nowhere",
-    "--lcm-lora nowhere --method score": "goes with --method rlcm",
+    "--lcm-lora nowhere --method score": "--method rlcm",
     "--rew compress": "--rew",
     "--nonsense": "--nonsense",
     "stray": "stray",
@@ -1071,46 +1581,77 @@ BAD = {  # arguments: what the message must name
     "--out /proc/nowhere/run": "No such file",
     "--sample cat --load nowhere": "not a run directory",
     "--sample cat --load half": "no weights in half",
-    "--sample cat --evaluate half": "two commands",
-    "--evaluate nowhere": "not a run directory",
-    "--evaluate half": "no weights in half",
-    "--evaluate half --eval-prompts nowhere.txt": "nowhere.txt",
-    "--plot nowhere": "not a run directory",
-    "--plot half": "no readable metrics.csv",
+    "--sample cat --load damaged": "no readable weights in damaged",
     "--load full": "--sample",
     "--resume nowhere": "not a run directory",
     "--resume full": "not a run directory",
     "--resume half": "no readable checkpoint",
-    "--resume half --lr 0.1": "--lr cannot change",
+    "--resume half --lr 0.1": "--lr",
+    "--resume half --sample cat": "--sample",
+}
+BAD_BENCH = {
+    "evaluate.py nowhere": "not a run directory",
+    "evaluate.py half": "no weights in half",
+    "evaluate.py damaged": "no readable weights in damaged",
+    "evaluate.py half --prompts nowhere.txt": "nowhere.txt",
+    "evaluate.py half --steps four": "invalid int value",
+    "evaluate.py": "RUN",
+    "plot.py nowhere": "not a run directory",
+    "plot.py half": "no readable metrics.csv",
+    "plot.py half --nonsense": "--nonsense",
 }
 
 
-@pytest.mark.parametrize("arguments", BAD)
-def test_bad_input_is_one_line_status_two_and_nothing_written(arguments, tmp_path, monkeypatch, capsys):
+def everything_in(folder):
+    return sorted(str(p) for p in folder.rglob("*") if "__pycache__" not in p.parts)
+
+
+@pytest.fixture
+def bad_place(mini, tmp_path, monkeypatch):
+    """The current folder, with all that can be wrong in it; leaves it as it was."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "rewards_.py").write_text(REWARD_FILE)
+    (tmp_path / "rewards_.py").write_text(WRONG_REWARDS)
     (tmp_path / "broken.py").write_text("def fn(:\n")
     (tmp_path / "prompts.txt").write_text("a cat\n")
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "binary.bin").write_bytes(b"\xff\xfe\x00\x81")
-    for folder in ("emptydir", "full", "half"):
-        (tmp_path / folder).mkdir()
+    for folder in ("emptydir", "full", "half/checkpoint", "damaged"):
+        (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "full" / "x").write_text("")
-    (tmp_path / "half" / "checkpoint").mkdir()
     (tmp_path / "half" / "checkpoint" / "state.pt").write_bytes(b"damaged")
-    (tmp_path / "half" / "config.json").write_text(json.dumps(asdict(Config(model="tiny"))))
-    before = sorted(str(p) for p in tmp_path.rglob("*") if "__pycache__" not in p.parts)
+    (tmp_path / "damaged" / "pytorch_lora_weights.safetensors").write_bytes(b"damaged")
+    for folder in ("half", "damaged"):
+        (tmp_path / folder / "config.json").write_text(json.dumps(asdict(Config(model=mini, micro_batch=16))))
+    before = everything_in(tmp_path)
+    yield
+    assert everything_in(tmp_path) == before
+
+
+def answer(program, arguments, capsys):
+    """What a program says to bad arguments: one line on stderr, exit status 2."""
+    status, err = program.main(arguments), capsys.readouterr().err
+    print(f"{' '.join(arguments):50} {err}")  # seen with -rP
+    assert status == 2 and err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_bad_input_is_one_line_status_two_and_nothing_written(arguments, bad_place, mini, capsys):
     given = arguments.split()
-    assert rlcm.main(given if "--model" in given or "--resume" in given else given + ["--model", "tiny"]) == 2
-    err = capsys.readouterr().err
-    print(f"{arguments:50} {err}")  # seen with -rP
-    assert err.count("\n") == 1 and err.startswith("rlcm.py: ") and BAD[arguments] in err
-    assert sorted(str(p) for p in tmp_path.rglob("*") if "__pycache__" not in p.parts) == before
+    if not {"--model", "--resume", "--load"} & set(given):
+        given += ["--model", "tiny"] if "--paper" in given else ["--model", mini, "--micro-batch", "16"]
+    err = answer(rlcm, given, capsys)
+    assert err.startswith("rlcm.py: ") and BAD[arguments] in err
 
 
-def test_the_command_line_itself(tmp_path):
-    """As a user types it: quiet, one line on stderr, status 2; and --help lists the rewards."""
-    bad = subprocess.run([sys.executable, HERE / "rlcm.py", "--reward", "nope"], cwd=tmp_path, capture_output=True, text=True)
-    assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
-    help_ = subprocess.run([sys.executable, HERE / "rlcm.py", "--help"], capture_output=True, text=True)
-    assert help_.returncode == 0 and all(name in help_.stdout for name in rewards.REWARDS) and help_.stderr == ""
+@pytest.mark.parametrize("arguments", BAD_BENCH)
+def test_bad_input_of_evaluate_and_plot_is_answered_alike(arguments, bad_place, capsys):
+    program, *given = arguments.split()
+    err = answer({"evaluate.py": evaluate, "plot.py": plot}[program], given, capsys)
+    assert err.startswith(f"{program}: ") and BAD_BENCH[arguments] in err
+
+
+def test_bad_input_as_a_user_types_it(tmp_path):
+    command = [sys.executable, HERE / "rlcm.py", "--reward", "nope"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())

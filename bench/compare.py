@@ -1,16 +1,20 @@
-"""The paper's comparison on the embedded model: every method on every reward, several seeds, one table and one figure a reward.
+"""The paper's comparison on the embedded model: every method on every reward, several seeds.
 
-    python bench/compare.py                                        # compress, three methods, seeds 0 1 2, default settings
+    python bench/compare.py                                  # compress, three methods, seeds 0 1 2
     python bench/compare.py --rewards incompress --methods rlcm ddpo
-    python bench/compare.py --jobs 2                               # two runs at a time, one thread each: seconds are then one core's
+    python bench/compare.py --jobs 2                         # two runs at a time, one thread each
+    python bench/compare.py --epochs 20                      # other flags go to rlcm.py
 
-Runs land in runs/compare/REWARD-METHOD-SEED; one that is finished is not run again, one that was stopped goes on. The table, mean and
-standard deviation over seeds:
+Runs land in runs/compare/REWARD-METHOD-SEED; one that is finished is not run again, one that was stopped goes
+on. For each reward a figure (bench/plot.py) and a table, mean and standard deviation over the seeds:
+
 first, last   mean reward of the first and of the last three epochs
-gain          last - first, in standard deviations of the base model's reward (that of all first epochs of the method)
-seconds       of the whole run; pictures: reward queries of it
+gain          last - first, in standard deviations of the base model's reward (those of the first epochs)
+seconds       of the whole run; with --jobs 2 those of one core
+pictures      reward queries of the whole run
 to DDPO       seconds and pictures until the mean of three epochs reaches the mean `last` of the ddpo runs
 """
+
 import argparse
 import csv
 import os
@@ -19,69 +23,94 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 import rlcm
-from bench.figures import curves
+from bench.plot import curves, read_metrics
+
+PROGRAM = Path(rlcm.__file__)
 
 
-def run(reward, method, seed, out, threads, extra):
-    """Start or go on with a run, unless it is finished."""
+def run(reward, method, seed, out, jobs, extra):
+    """Start a run or go on with it, unless it is finished."""
     if (out / "config.json").exists():
-        done = sum(1 for _ in open(out / "metrics.csv")) - 1 if (out / "metrics.csv").exists() else 0
+        done = len(list(csv.DictReader(open(out / "metrics.csv")))) if (out / "metrics.csv").exists() else 0
         if done >= rlcm.read_config(out).epochs and (out / "checkpoint" / "state.pt").exists():
             return
         arguments = ["--resume", out]
     else:
-        arguments = ["--model", "tiny", "--reward", reward, "--method", method, "--seed", seed, "--out", out, *extra]
-    env = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-    done = subprocess.run([sys.executable, ROOT / "rlcm.py", *map(str, arguments)], env=env, capture_output=True, text=True)
+        arguments = ["--model", "tiny", "--reward", reward, "--method", method, "--seed", seed, "--out", out]
+        arguments += extra
+    env = os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
+    command = [sys.executable, PROGRAM, *map(str, arguments)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{out}: {done.stderr.splitlines()[-1]}")
-    print(done.stdout.splitlines()[-2], flush=True)
+    print(
+        f"{out}: " + next(line for line in done.stdout.splitlines() if line.startswith("reward ")), flush=True
+    )
 
 
 def smooth(run):
-    """Columns of metrics.csv: seconds, pictures, and reward as the mean of three epochs, (3, epochs - 2); and the first epoch's reward std."""
-    rows = list(csv.DictReader(open(run / "metrics.csv")))
-    seconds, pictures, reward, std = (np.array([float(row[name]) for row in rows]) for name in ("seconds", "reward_queries", "reward_mean", "reward_std"))
-    return np.array([seconds[2:], pictures[2:], np.convolve(reward, np.ones(3) / 3, "valid")]), std[0]
+    """Pictures, seconds and reward, the mean of three epochs: (3, epochs - 2); and the first epoch's std."""
+    pictures, seconds, reward, std = read_metrics(run)
+    return np.array([pictures[2:], seconds[2:], np.convolve(reward, np.ones(3) / 3, "valid")]), std[0]
+
+
+def text(values, digits):
+    return f"{np.mean(values):.{digits}f} +- {np.std(values):.{digits}f}"
 
 
 def table(reward, methods, seeds, out):
-    text = lambda v, digits: f"{np.mean(v):.{digits}f} +- {np.std(v):.{digits}f}"
-    runs = {m: [smooth(out / f"{reward}-{m}-{seed}") for seed in seeds] for m in methods}
-    goal = np.mean([r[2, -1] for r, _ in runs["ddpo"]]) if "ddpo" in runs else None
-    print(f"\n{reward}, seeds {' '.join(map(str, seeds))}\n{'':8}{'first':>16}{'last':>16}{'gain':>14}{'seconds':>14}{'pictures':>10}{'to DDPO: seconds':>22}{'pictures':>16}")
-    for m, members in runs.items():
-        std = np.mean([s for _, s in members])
-        first, last, seconds = ([r[i, j] for r, _ in members] for i, j in ((2, 0), (2, -1), (0, -1)))
-        line = f"{m:8}{text(first, 3):>16}{text(last, 3):>16}{text((np.array(last) - first) / std, 2):>14}{text(seconds, 0):>14}{members[0][0][1, -1]:>10.0f}"
-        if goal is not None:
-            reached = [r[:2, np.argmax(r[2] >= goal)] for r, _ in members if (r[2] >= goal).any()]
-            line += f"{text([v[0] for v in reached], 0):>22}{text([v[1] for v in reached], 0):>16}" if reached else f"{'never':>22}{'':>16}"
-            line += f"   ({len(reached)} of {len(members)} runs)"
-        print(line)
+    runs = {method: [smooth(out / f"{reward}-{method}-{seed}") for seed in seeds] for method in methods}
+    print(f"\n{reward}, seeds {' '.join(map(str, seeds))}")
+    print(f"{'':8}{'first':>16}{'last':>16}{'gain':>14}{'seconds':>14}{'pictures':>10}", end="")
+    print(f"{'to DDPO: seconds':>22}{'pictures':>16}" if "ddpo" in runs else "")
+    for method, members in runs.items():
+        std = np.mean([std for _, std in members])
+        first = np.array([columns[2, 0] for columns, _ in members])
+        pictures, seconds, last = np.array([columns[:, -1] for columns, _ in members]).T
+        print(f"{method:8}{text(first, 3):>16}{text(last, 3):>16}{text((last - first) / std, 2):>14}", end="")
+        print(f"{text(seconds, 0):>14}{pictures[0]:>10.0f}", end="")
+        if "ddpo" not in runs:
+            print()
+            continue
+        goal = np.mean([columns[2, -1] for columns, _ in runs["ddpo"]])
+        reached = [columns[:2, columns[2] >= goal] for columns, _ in members]
+        reached = [epochs[:, 0] for epochs in reached if epochs.size]  # the first that reaches it
+        numbers = [text(values, 0) for values in np.array(reached).T] if reached else ["", "never"]
+        print(f"{numbers[1]:>22}{numbers[0]:>16}   ({len(reached)} of {len(members)} runs)")
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     p.add_argument("--rewards", nargs="+", default=["compress"])
     p.add_argument("--methods", nargs="+", default=list(rlcm.METHODS), choices=list(rlcm.METHODS))
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     p.add_argument("--out", type=Path, default=Path("runs/compare"))
-    p.add_argument("--jobs", type=int, default=1, help="runs at a time; with more than one, each has one thread")
-    args, extra = p.parse_known_args()  # the rest goes to rlcm.py
+    p.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time; with more than one, each has one thread"
+    )
+    args, extra = p.parse_known_args()
+
+    def folder(*names):
+        return args.out / "-".join(map(str, names))
+
     with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [pool.submit(run, reward, m, seed, args.out / f"{reward}-{m}-{seed}", 1 if args.jobs > 1 else None, extra)
-                for seed in args.seeds for m in args.methods for reward in args.rewards]
+        jobs = [
+            pool.submit(run, reward, method, seed, folder(reward, method, seed), args.jobs, extra)
+            for seed in args.seeds
+            for method in args.methods
+            for reward in args.rewards
+        ]
         for job in jobs:
             job.result()
     for reward in args.rewards:
         table(reward, args.methods, args.seeds, args.out)
-        curves([args.out / f"{reward}-{m}-{seed}" for m in args.methods for seed in args.seeds], args.out / f"{reward}.png")
+        runs = [folder(reward, method, seed) for method in args.methods for seed in args.seeds]
+        curves(runs, args.out / f"{reward}.png")
         print(f"wrote {args.out}/{reward}.png")
 
 

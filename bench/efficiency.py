@@ -1,159 +1,167 @@
-"""What an epoch costs beside the bare network: epoch wall-clock over minimal loops of the same U-Net and VAE passes, in one run.
+"""What does an epoch cost beside the bare network?
 
     python bench/efficiency.py                                # rlcm and ddpo, default batch, embedded model
     python bench/efficiency.py --batch-sizes 8 16 32 64       # is it flat?
     python bench/efficiency.py --methods rlcm score --epochs 20
 
-epoch       wall-clock of an epoch inside `rlcm.train`: prompts, noise, rollout, reward, advantages, update, metrics
-bare        the same passes of the same network on fixed inputs and nothing else: forwards of the rollout, with and without the adapter,
-            forwards and backwards of the update, VAE decodes, one optimizer step; same batch, micro-batch, dtype, device
-efficiency  bare / epoch. After each epoch the bare loop runs once, so that the machine's noise hits both: median of the ratios of such pairs.
+A run of the program; the bare loop follows each of its epochs, so that the machine's noise hits both.
 
-The breakdown comes from another, instrumented run: rollout without its decodes and rewards, update, decode, reward, logging, rest.
+epoch        seconds of an epoch inside `rlcm.train`, all five numbered steps; median (least to most)
+bare         seconds of the same passes of the same network on fixed inputs and nothing else: the rollout's
+             forwards, the pretrained model's where the KL is charged, the VAE's decodes, forwards and
+             backwards of the update, optimizer steps; same batch, micro-batch, dtype and device
+efficiency   bare / epoch: median of the ratios of such pairs; last line: the lowest one
+
+Second line, from another run with clocks in it: seconds of the parts of an epoch. On a GPU a clock waits for
+the device, so the parts add up to more than an epoch without clocks.
+
+rollout, decode, path_kl, update    the functions of these names
+reward       what is left of `collect`: waiting for the reward, all of it on a CPU
+rest         of the epoch: prompts and noise, advantages, metrics
 """
+
 import argparse
-import csv
 import statistics
 import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import rlcm
-from bench import figures
 
 
-def synchronize():
+def now():
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    return time.perf_counter()
 
 
-def pairs(cfg, out, bare, n):
-    """A run of n + 1 epochs with the bare loop after each: seconds of the n epochs behind the first, and of their bare loops."""
-    clock, save_metrics = [], rlcm.save_metrics
-
-    def save_and_run_bare(*args):  # the last thing an epoch does
-        save_metrics(*args)
-        clock.append(time.perf_counter())
-        bare()
-        clock.append(time.perf_counter())
-
-    rlcm.save_metrics = save_and_run_bare
-    try:
-        rlcm.train(rlcm.replace(cfg, out=str(out), epochs=n + 1))
-    finally:
-        rlcm.save_metrics = save_metrics
-    seconds = [b - a for a, b in zip(clock[1:], clock[2:])]
-    return seconds[0::2], seconds[1::2]
-
-
-def bare_epoch(cfg, model, optimizer):
-    """A function that does an epoch's passes of the network, and nothing else."""
-    unet, vae, B = model.pipe.unet, model.pipe.vae, cfg.batch_size
-    m = rlcm.micro_batch_of(cfg, B // cfg.updates)
-    rows = 2 * m if model.eps.__name__ == "guided" else m  # classifier-free guidance in one pass
-    device, dtype = model.nothing.device, model.nothing.dtype
-    std = rlcm.METHODS[cfg.method][0](model.pipe.scheduler, cfg.steps, device).std
-    T, actions = len(std), int((std > 0).sum())  # DDIM's last step has no noise, so no reference and no update
-    x, c = torch.randn(rows, *model.shape, device=device, dtype=dtype), model.encode(["a cat"]).expand(rows, -1, -1)
-    t, dim = torch.full((rows,), 500, device=device), unet.config.time_cond_proj_dim
-    w = torch.zeros(rows, dim, device=device, dtype=dtype) if dim else None
+def bare_epoch(run):
+    """A function that does the passes of an epoch of `run` on fixed inputs; the run's weights stay."""
+    cfg, model, m = run.cfg, run.model, run.micro_batch
+    unet, vae = model.pipe.unet, model.pipe.vae
+    dim, dtype = unet.config.time_cond_proj_dim, vae.dtype
+    rows = 2 * m if not dim and cfg.guidance > 1 else m  # classifier-free guidance in one pass
+    x = torch.randn(rows, *model.shape, device=run.device, dtype=dtype)
+    t, c = torch.full((rows,), 500, device=run.device), run.embedding[:1].expand(rows, -1, -1)
+    w = torch.zeros(rows, dim, device=run.device, dtype=dtype) if dim else None
+    H, actions = len(run.s.std), len(run.s.actions)
+    decodes = 2 if cfg.last_noise else 1  # the mirror image's picture too
+    optimizer = torch.optim.Adam(model.trained.values(), 0.0)
 
     def network():
-        with torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():
-            return unet(x, t, encoder_hidden_states=c, timestep_cond=w).sample
+        return unet(x, t, encoder_hidden_states=c, timestep_cond=w).sample
 
     def epoch():
         with torch.no_grad():
-            for _ in range(B // m):
-                for _ in range(T + (cfg.method == "rlcm")):
+            for _ in range(cfg.batch_size // m):
+                for _ in range(H):
                     network()
-                if cfg.kl:
-                    unet.disable_adapters()
-                    for _ in range(actions):
+                for _ in range(decodes):
+                    vae.decode(x[:m])
+            if cfg.kl:
+                with rlcm.pretrained(model):
+                    for _ in range(actions * cfg.batch_size // m):
                         network()
-                    unet.enable_adapters()
-                vae.decode(x[:m])
         for _ in range(cfg.updates):
-            for _ in range(actions * B // cfg.updates // m):
+            for _ in range(actions * cfg.batch_size // cfg.updates // m):
                 network().float().square().mean().backward()
-            optimizer.step(), optimizer.zero_grad()
-        synchronize()
+            optimizer.step()
+            optimizer.zero_grad()
 
     return epoch
 
 
-def breakdown(cfg, out, n=3):
-    """Seconds of the parts of an epoch, mean of n, timed inside the program: a Counter, rollout without its decodes and rewards."""
-    spent, inside, load = Counter(), [], rlcm.load_model
+def pairs(cfg, n):
+    """Train with the bare loop after each epoch -> seconds of n epochs, seconds of n bare loops, micro-batch.
 
-    def timed(fn, part, within=""):
+    The first epoch warms up, the last one saves pictures and weights: both are left out.
+    """
+    clock, seen, started, recorded = [], SimpleNamespace(), rlcm.start, rlcm.record
+
+    def start(*args):
+        seen.run = started(*args)
+        seen.bare = bare_epoch(seen.run)
+        return seen.run
+
+    def record(*args, **kwargs):  # the last thing an epoch does
+        recorded(*args, **kwargs)
+        clock.append(now())
+        seen.bare()
+        clock.append(now())
+
+    with mock.patch.multiple(rlcm, start=start, record=record):
+        rlcm.train(replace(cfg, epochs=n + 2))
+    seconds = [b - a for a, b in zip(clock[1:], clock[2:])][: 2 * n]
+    return seconds[0::2], seconds[1::2], seen.run.micro_batch
+
+
+def breakdown(cfg, n=3):
+    """Seconds of the parts of an epoch, mean of n: a dict."""
+    spent, result, clock = Counter(), {}, []
+    started, recorded = rlcm.start, rlcm.record
+
+    def timed(function, part):
         def wrapper(*args, **kwargs):
-            if "draw" in inside or within not in ["", *inside]:  # the sample grid is no part of an epoch
-                return fn(*args, **kwargs)
-            inside.append(part)
-            synchronize()
-            start = time.perf_counter()
+            began = now()
             try:
-                return fn(*args, **kwargs)
+                return function(*args, **kwargs)
             finally:
-                synchronize()
-                spent[part] += time.perf_counter() - start
-                inside.remove(part)
+                spent[part] += now() - began
+
         return wrapper
 
-    def load_model(*args):
-        model = load(*args)
-        model.decode = timed(model.decode, "decode", "rollout")
-        return model
+    def start(*args):
+        run = started(*args)
+        spent.clear()  # of the first sample grid
+        clock.append(now())
+        return run
 
-    get_reward = rlcm.get_reward
-    changed = {"rollout": timed(rlcm.rollout, "rollout"), "update": timed(rlcm.update, "update"), "load_model": load_model,
-               "actor_critic": timed(rlcm.actor_critic, "value"), "save_metrics": timed(rlcm.save_metrics, "logging"),
-               "get_reward": lambda *name: timed(get_reward(*name), "reward", "rollout")}
-    before, draw = {name: getattr(rlcm, name) for name in changed}, figures.draw
-    try:
-        vars(rlcm).update(changed)
-        figures.draw = timed(draw, "draw")
-        rlcm.train(rlcm.replace(cfg, out=str(out), epochs=n))
-        seconds = float(list(csv.DictReader(open(out / "metrics.csv")))[-1]["seconds"])
-    finally:
-        vars(rlcm).update(before)
-        figures.draw = draw
-    del spent["draw"]
-    spent["rollout"] -= spent["decode"] + spent["reward"]
-    spent["rest"] = seconds - sum(spent.values())
-    return {part: value / n for part, value in spent.items()}
+    def record(run, epoch, *args, **kwargs):
+        if epoch == n:  # before the last sample grid
+            inside = spent["rollout"] + spent["decode"] + spent["path_kl"]
+            spent["reward"] = spent.pop("collect") - inside
+            spent["rest"] = now() - clock[0] - sum(spent.values())
+            result.update({part: seconds / n for part, seconds in spent.items()})
+        recorded(run, epoch, *args, **kwargs)
+
+    names = "collect", "rollout", "decode", "path_kl", "update"
+    clocks = {name: timed(getattr(rlcm, name), name) for name in names}
+    with mock.patch.multiple(rlcm, **clocks, start=start, record=record):
+        rlcm.train(replace(cfg, epochs=n))
+    return result
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     p.add_argument("--methods", nargs="+", default=["rlcm", "ddpo"], choices=list(rlcm.METHODS))
     p.add_argument("--batch-sizes", nargs="+", type=int, default=[None], help="default: the preset's")
     p.add_argument("--epochs", type=int, default=8)
     p.add_argument("--model", default="tiny")
     args = p.parse_args()
-    results, rlcm.say = {}, lambda line: None  # only this script's lines
-    with tempfile.TemporaryDirectory() as folder:
-        for method in args.methods:
-            for B in args.batch_sizes:
-                cfg = rlcm.resolve(rlcm.Config(model=args.model, method=method, batch_size=B, save_every=10**6))
-                out = Path(folder) / f"{method}-{cfg.batch_size}"
-                model = rlcm.load_model(cfg, "cuda" if torch.cuda.is_available() else "cpu")
-                bare = bare_epoch(cfg, model, torch.optim.Adam([q for q in model.unet.parameters() if q.requires_grad], 0.0))
-                ours, network = pairs(cfg, out, bare, args.epochs)
-                parts = breakdown(cfg, Path(folder) / f"parts-{method}-{cfg.batch_size}")
-                a, b = statistics.median(ours), statistics.median(network)
-                ratio = results[method, cfg.batch_size] = statistics.median(y / x for x, y in zip(ours, network))
-                print(f"{method}, {cfg.batch_size} pictures, micro-batch {rlcm.micro_batch_of(cfg, cfg.batch_size // cfg.updates)}, {cfg.steps} steps: epoch {a:.2f} s ({min(ours):.2f} to {max(ours):.2f}), "
-                      f"bare {b:.2f} s ({min(network):.2f} to {max(network):.2f}), efficiency {ratio:.2f}", flush=True)
-                print("    " + "   ".join(f"{part} {value:.3f}" for part, value in parts.items()), flush=True)
-    print(f"efficiency {min(results.values()):.2f}")  # the lowest of those above
+    rlcm.quiet()
+    ratios = []
+    for method in args.methods:
+        for size in args.batch_sizes:
+            given = {"batch_size": size} if size else {}
+            with tempfile.TemporaryDirectory() as folder, mock.patch.object(rlcm, "say"):
+                cfg = rlcm.configure(model=args.model, method=method, save_every=10**6, **given)
+                ours, bare, m = pairs(replace(cfg, out=f"{folder}/pairs"), args.epochs)
+                parts = breakdown(replace(cfg, out=f"{folder}/parts"))
+            ratios.append(statistics.median(b / a for a, b in zip(ours, bare)))
+            numbers = [f"{statistics.median(v):.2f} s ({min(v):.2f} to {max(v):.2f})" for v in (ours, bare)]
+            print(f"{method}, {cfg.batch_size} pictures, micro-batch {m}, {cfg.steps} steps: ", end="")
+            print(f"epoch {numbers[0]}, bare {numbers[1]}, efficiency {ratios[-1]:.2f}", flush=True)
+            print("    " + "   ".join(f"{part} {seconds:.3f}" for part, seconds in parts.items()), flush=True)
+    print(f"efficiency {min(ratios):.2f}")
 
 
 if __name__ == "__main__":

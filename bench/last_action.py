@@ -3,13 +3,19 @@
     python bench/last_action.py                                    # seeds 0 1 2, 20 epochs without KL
     python bench/last_action.py --reward clip --variants dropped backprop --jobs 2
 
-dropped    as rlcm.py has it: the last evaluation is deterministic and no action
-official   as the official code has it: its result is noised to its own timestep once more and scored as an action; the picture never sees that
-noise S    noise of std S on the last clean latent is the action, and the picture shows it: every evaluation is trained
-backprop   dropped, and the gradient of the reward itself goes back through decoder and last evaluation: only for a reward that has one, clip
+dropped     --last-noise 0 of rlcm.py: the last evaluation adds no noise and is no action
+official    as in the official code: its result is noised once more, to its own level, which is scored as an
+            action and which the picture never sees
+noise S     noise of std S on the last clean latent is an action more, and the picture shows it; the program's
+            --last-noise S makes it the only one
+backprop    dropped, and the gradient of the reward itself goes back through decoder and last evaluation:
+            for a reward that has one, clip
 
-Each is the program with another entry in METHODS, or with another `update`. Table: mean reward of the last three epochs for each seed, seconds an epoch.
+Each is the program with another entry in METHODS or with wrapped functions, in a process of its own; a run
+that has its LoRA is not run again. Table: mean reward of the last three epochs for each seed, their mean,
+seconds an epoch.
 """
+
 import argparse
 import csv
 import os
@@ -18,107 +24,132 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import rewards
 import rlcm
 
 
-def official(noise):
-    last = {}  # of each network: what its last evaluation showed
+def official():
+    """One action more; what is decoded is the last clean latent, before its noise."""
+    clean, decode = [], rlcm.decode
 
     def schedule(*args):
         s = rlcm.rlcm_schedule(*args)
         s.ab_next = torch.cat([s.ab[1:], s.ab[-1:]])
-        s.std = (1 - s.ab_next).sqrt()
+        s.std, s.actions = (1 - s.ab_next).sqrt(), torch.arange(len(s.std))
         return s
 
     def policy(eps, x, k, c, s):
         mean, std = rlcm.rlcm_policy(eps, x, k, c, s)
-        last[eps] = mean.detach() / rlcm.at(s.ab_next, k).sqrt()
+        clean[:] = [mean.detach() / rlcm.at(s.ab_next, k).sqrt()]
         return mean, std
 
-    return schedule, policy, lambda eps, x, k, c, s: last[eps]
+    rlcm.METHODS["rlcm"] = schedule, policy
+    rlcm.decode = lambda pipe, x: decode(pipe, clean[0])  # right after the rollout
 
 
-def noisy(noise):
+def noisy(std):
     def schedule(*args):
         s = rlcm.rlcm_schedule(*args)
-        s.ab_next, s.std = torch.cat([s.ab_next, s.ab.new_ones(1)]), torch.cat([s.std, s.ab.new_full((1,), noise)])
+        s.std[-1], s.actions = std, torch.arange(len(s.std))
         return s
 
-    return schedule, rlcm.rlcm_policy, lambda eps, x, k, c, s: x
+    rlcm.METHODS["rlcm"] = schedule, rlcm.rlcm_policy
 
 
-def backprop(noise):
-    """grad E[r] = E[ sum_k A_k grad log pi ] + E[ grad r(decode(f_theta(x_T, t_T))) ]: the second term, in the units in which `update` has the first."""
-    names, update, get_reward, embed = [], rlcm.update, rlcm.get_reward, rewards.clip_embed.__wrapped__  # __wrapped__: without no_grad
+def backprop():
+    """grad E[r] = E[ sum_k A_k grad log p_k ] + E[ grad r(decode(f_theta(x_{H-1}))) ]: the second term too.
 
-    def remembering(*args):
-        fn = get_reward(*args)
-        return lambda images, prompts: names.extend(prompts) or fn(images, prompts)
+    It is added to the gradient in the units of `update`: divided by the std of the prompt's returns, by the
+    number of actions and, as the log-prob is, by D.
+    """
+    start, advantages, update = rlcm.start, rlcm.advantages, rlcm.update
+    embed, decode = rewards.clip_embed.__wrapped__, rlcm.decode.__wrapped__  # without no_grad
+    kept = {}
 
-    def with_last(model, cfg, accelerator, optimizer, s, c, roll, advantage, scale, *rest):
-        B, T, D, m = len(c), len(s.std), roll.x[0, 0].numel(), cfg.micro_batch
-        prompts = names[-B:]  # the rollout was scored last
-        for i in range(0, B, m):
-            b = slice(i, i + m)
-            x_0 = rlcm.rlcm_readout(model.eps, roll.x[T, b], torch.full((len(c[b]),), T), c[b], s)
-            picture, prompt, _ = embed(model.decode.__wrapped__(x_0), prompts[b], rewards.TINY_CLIP, rewards.TINY_CLIP)
+    def keep_run(*args):
+        kept["run"] = start(*args)
+        return kept["run"]
+
+    def keep_scale(returns, prompts, *args):
+        kept["prompts"] = prompts
+        A, kept["scale"] = advantages(returns, prompts, *args)
+        return A, kept["scale"]
+
+    def with_last(policy, eps, s, c, x, log_p, A, optimizer, m, *args, **kwargs):
+        H, B = log_p.shape
+        terms = B * len(s.actions) * x[0, 0].numel()
+        for b in torch.arange(B).split(m):
+            last, _ = policy(eps, x[H - 1, b], torch.full((len(b),), H - 1), c[b], s)
+            images, prompts = decode(kept["run"].model.pipe, last), [kept["prompts"][i] for i in b]
+            picture, prompt, _ = embed(images, prompts, rewards.TINY_CLIP, rewards.TINY_CLIP)
             r = 2.5 * (picture * prompt).sum(1).clamp(min=0)
-            accelerator.backward(-(scale[b] * r).sum() / (B * T * D))
-        return update(model, cfg, accelerator, optimizer, s, c, roll, advantage, scale, *rest)
+            kwargs["backward"](-(kept["scale"][b] * r).sum() / terms)
+        return update(policy, eps, s, c, x, log_p, A, optimizer, m, *args, **kwargs)
 
-    rlcm.update, rlcm.get_reward = with_last, remembering
-    return rlcm.METHODS["rlcm"]
-
-
-VARIANTS = {"dropped": lambda noise: rlcm.METHODS["rlcm"], "official": official, "noise": noisy, "backprop": backprop}
+    rlcm.start, rlcm.advantages, rlcm.update = keep_run, keep_scale, with_last
 
 
-def work(variant, noise, arguments):
+def work(variant, arguments):
     """In a process of its own: a run with that last action."""
-    rlcm.METHODS["rlcm"] = VARIANTS[variant](noise)
+    if variant == "official":
+        official()
+    elif variant == "backprop":
+        backprop()
+    elif variant.startswith("noise"):
+        noisy(float(variant.split()[1]))
     sys.exit(rlcm.main(arguments))
 
 
+def run(variant, seed, args):
+    """-> mean reward of the last three epochs, seconds an epoch."""
+    out = args.out / f"{variant.replace(' ', '-')}-{seed}"
+    if not (out / "pytorch_lora_weights.safetensors").exists():
+        settings = dict(reward=args.reward, epochs=args.epochs, kl=args.kl, seed=seed, out=out)
+        settings |= dict(model="tiny", last_noise=0, save_every=args.epochs)
+        flags = [str(v) for name, value in settings.items() for v in (f"--{name}", value)]
+        env = os.environ | ({"OMP_NUM_THREADS": "1"} if args.jobs > 1 else {})
+        command = [sys.executable, __file__, "--work", variant, *flags]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{out}: {done.stderr.splitlines()[-1]}")
+    rows = list(csv.DictReader(open(out / "metrics.csv")))
+    r = [float(row["reward_mean"]) for row in rows[-3:]]
+    return sum(r) / len(r), float(rows[-1]["seconds"]) / len(rows)
+
+
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--variants", nargs="+", default=["dropped", "official", "noise"], choices=list(VARIANTS))
-    p.add_argument("--noise", nargs="+", type=float, default=[0.03, 0.1])
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    names = "dropped", "official", "noise", "backprop"
+    p.add_argument("--variants", nargs="+", default=names[:3], choices=names)
+    p.add_argument("--noise", nargs="+", type=float, default=[0.03, 0.1], help="S of the variant noise")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    p.add_argument("--epochs", default="20")
-    p.add_argument("--kl", default="0")
+    p.add_argument("--epochs", type=int, default=20)
+    p.add_argument("--kl", type=float, default=0.0)
     p.add_argument("--reward", default="compress")
     p.add_argument("--out", type=Path, help="default runs/last-action-REWARD")
-    p.add_argument("--jobs", type=int, default=1, help="runs at a time; with more than one, each has one thread")
+    p.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time; with more than one, each has one thread"
+    )
     p.add_argument("--work", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = p.parse_args()
-    args.out = args.out or Path(f"runs/last-action-{args.reward}")
     if args.work:
-        work(args.work[0], float(args.work[1]), args.work[2:])
-    variants = [(v, n) for v in args.variants for n in (args.noise if v == "noise" else [0.0])]
-    env = {**os.environ, **({"OMP_NUM_THREADS": "1"} if args.jobs > 1 else {})}
-
-    def run(variant, noise, seed):
-        out = args.out / f"{variant}-{noise}-{seed}"
-        if not (out / "pytorch_lora_weights.safetensors").exists():
-            arguments = ["--model", "tiny", "--reward", args.reward, "--epochs", args.epochs, "--kl", args.kl, "--seed", seed, "--save-every", args.epochs, "--out", out]
-            done = subprocess.run([sys.executable, __file__, "--work", variant, str(noise), *map(str, arguments)], env=env, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(f"{out}: {done.stderr.splitlines()[-1]}")
-        rows = list(csv.DictReader(open(out / "metrics.csv")))
-        return sum(float(row["reward_mean"]) for row in rows[-3:]) / 3, float(rows[-1]["seconds"]) / len(rows)
-
+        work(args.work[0], args.work[1:])
+    args.out = args.out or Path(f"runs/last-action-{args.reward}")
+    variants = [v for v in args.variants if v != "noise"]
+    if "noise" in args.variants:
+        variants += [f"noise {std}" for std in args.noise]
+    print(f"{'last action':14}" + "".join(f"seed {seed:<6}" for seed in args.seeds), end="")
+    print(f"{'mean':>8}{'seconds an epoch':>20}", flush=True)
     with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = {(v, seed): pool.submit(run, *v, seed) for seed in args.seeds for v in variants}
-        print(f"{'last action':14}" + "".join(f"seed {seed:<6}" for seed in args.seeds) + f"{'mean':>8}{'seconds an epoch':>20}")
+        jobs = {(v, seed): pool.submit(run, v, seed, args) for seed in args.seeds for v in variants}
         for v in variants:
-            results = [jobs[v, seed].result() for seed in args.seeds]
-            name = v[0] if v[0] != "noise" else f"noise {v[1]}"
-            print(f"{name:14}" + "".join(f"{r:<11.3f}" for r, _ in results) + f"{sum(r for r, _ in results) / len(results):>8.3f}{sum(t for _, t in results) / len(results):>20.2f}", flush=True)
+            r, seconds = zip(*(jobs[v, seed].result() for seed in args.seeds))
+            print(f"{v:14}" + "".join(f"{value:<11.3f}" for value in r), end="")
+            print(f"{sum(r) / len(r):>8.3f}{sum(seconds) / len(r):>20.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,169 @@
+"""What a reward costs in recognition: reward against accuracy along runs, a table and a figure.
+
+    python bench/frontier.py                                  # the ways below, seeds 0 1 2; minutes a run
+    python bench/frontier.py --ways last all --seeds 0         # some of them
+    python bench/frontier.py --table                           # only from the runs that are there
+
+Every few epochs of a run the 200 fixed captions of bench/recognise.py are drawn, without noise on the last
+latent, and judged: reward (minus kB), accuracy (nearest training picture), retrieval (tiny/clip). Rows go to
+runs/frontier/WAY-SEED/frontier.csv; a run that is complete is not run again. Ways:
+
+all      the noises between evaluations are the actions, no KL: stop early or late
+kl       the same with a KL, lambda = 0.0028
+last     the default: noise on the clean latent is the only action, judged against its mirror image
+blur     no training: the base model's pictures blurred (sigma 0.7, 1, 2, 3 pixels)
+vae      the same, then through the VAE: what the decoder can draw
+fade     no training: the base model's pictures faded to white (by 0.2, 0.4, 0.6)
+
+Table: reward at which a way's accuracy is 0.85 and 0.75, and its retrieval there, by linear interpolation
+between epochs; mean and, in brackets, each seed. Forwards: bare passes of the network, batch 32, a backward
+counting two, until the accuracy has come down to 0.85.
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+import rewards
+import rlcm
+from bench.recognise import measure
+from tiny import make_tiny
+
+WAYS = {  # settings, epochs at which to judge, forwards of an epoch (64 pictures, H = 4)
+    "all": (dict(last_noise=0.0, epochs=36), range(12, 37, 3), 8 + 6 + 12),
+    "kl": (dict(last_noise=0.0, kl=0.0028, epochs=64), range(20, 65, 4), 8 + 6 + 6 + 12),
+    "last": (dict(epochs=33), range(12, 34, 3), 8 + 2 + 4),
+}
+COLUMNS = "accuracy", "animals", "retrieval", "blank", "kB", "reward"
+
+
+def train(way, seed, out, data):
+    """A run that is judged on the way; frontier.csv appears when it is complete."""
+    settings, epochs, _ = WAYS[way]
+    captions, record, rows = make_tiny.fixed_captions(data[1]), rlcm.record, []
+
+    def judged(run, epoch, *args, **options):
+        record(run, epoch, *args, **options)
+        if epoch in epochs:
+            rows.append({"epoch": epoch, **dict(zip(COLUMNS, measure(run.model, run.cfg, captions, data)))})
+            print(way, seed, *(f"{name} {value:.3f}" for name, value in rows[-1].items()), flush=True)
+
+    rlcm.record = judged
+    try:
+        rlcm.train(rlcm.configure(model="tiny", seed=seed, save_every=1000, out=str(out), **settings))
+    finally:
+        rlcm.record = record
+    rlcm.save_metrics(rows, out / "frontier.csv")
+
+
+def blurred(images, sigma):
+    x = torch.arange(-12, 13.0)
+    kernel = torch.exp(-(x**2) / (2 * sigma**2))
+    kernel = (kernel / kernel.sum()).expand(3, 1, 1, -1)
+    images = torch.nn.functional.pad(images, (12, 12, 12, 12), mode="replicate")
+    images = torch.nn.functional.conv2d(images, kernel, groups=3)
+    return torch.nn.functional.conv2d(images, kernel.mT, groups=3)
+
+
+@torch.no_grad()
+def processed(data):
+    """The base model's pictures without any training -> {way: rows}, one for each strength."""
+    cfg = rlcm.configure(model="tiny")
+    model, captions = rlcm.load_model(cfg), make_tiny.fixed_captions(data[1])
+    base, vae, rows = rlcm.draw(model, cfg, captions), model.pipe.vae, {}
+
+    def judge(way, images):
+        row = {"accuracy": make_tiny.nearest_accuracy(images, captions, *data)}
+        row["retrieval"] = make_tiny.retrieval(images, captions, data[1])
+        row["reward"] = float(rewards.compress(images, captions).mean())
+        rows.setdefault(way, []).append(row)
+
+    for way in ("blur", "vae", "fade"):
+        judge(way, base)
+    for sigma in (0.7, 1, 2, 3):
+        soft = blurred(base, sigma)
+        judge("blur", soft)
+        latents = [vae.encode(2 * part - 1).latent_dist.mean for part in soft.split(50)]
+        judge("vae", torch.cat([rlcm.decode(model.pipe, x * vae.config.scaling_factor) for x in latents]))
+    for share in (0.2, 0.4, 0.6):
+        judge("fade", base + share * (1 - base))
+    return rows
+
+
+def crossing(rows, accuracy):
+    """(reward, retrieval, epoch) where the accuracy first falls to that value; nan where it does not."""
+    for a, b in zip(rows, rows[1:]):
+        if b["accuracy"] <= accuracy < a["accuracy"]:
+            share = (a["accuracy"] - accuracy) / (a["accuracy"] - b["accuracy"])
+            pairs = [(a.get(name, np.nan), b.get(name, np.nan)) for name in ("reward", "retrieval", "epoch")]
+            return [start + share * (end - start) for start, end in pairs]
+    return [np.nan] * 3
+
+
+def table(runs):
+    titles = "reward at 0.85", "retrieval", "reward at 0.75", "retrieval", "forwards to 0.85"
+    print(f"{'way':6}" + "".join(f"{title:>34}" for title in titles))
+    for way, members in runs.items():
+        at_85, at_75 = (np.array([crossing(rows, accuracy) for rows in members]) for accuracy in (0.85, 0.75))
+        forwards = at_85[:, 2] * WAYS[way][2] if way in WAYS else at_85[:, 2]
+        line = f"{way:6}"
+        for values in (at_85[:, 0], at_85[:, 1], at_75[:, 0], at_75[:, 1], forwards):
+            digits = 0 if values is forwards else 3
+            each = " ".join(f"{value:.{digits}f}" for value in values)
+            line += f"{f'{values.mean():.{digits}f} ({each})':>34}"
+        print(line)
+
+
+def figure(runs, path):
+    canvas = Figure(figsize=(10, 4), layout="constrained")
+    axes = canvas.subplots(1, 2, sharex=True)
+    for number, (way, members) in enumerate(runs.items()):
+        style = dict(color=f"C{number}", marker="o", markersize=3, linestyle="-" if way in WAYS else ":")
+        for i, rows in enumerate(members):
+            for axis, judge in zip(axes, ("accuracy", "retrieval")):
+                x, y = [row["reward"] for row in rows], [row[judge] for row in rows]
+                axis.plot(x, y, label=way if i == 0 else None, **style)
+    axes[0].set(xlabel="reward: minus kB", ylabel="still recognised (nearest training picture)")
+    axes[1].set(xlabel="reward: minus kB", ylabel="retrieval (tiny/clip)")
+    axes[0].legend(frameon=False)
+    canvas.savefig(path, dpi=110)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    p.add_argument("--out", type=Path, default=Path("runs/frontier"))
+    p.add_argument("--table", action="store_true", help="do not train")
+    args = p.parse_args()
+    rlcm.quiet()
+    data, runs = make_tiny.training_pictures(), {}
+    for seed in args.seeds:
+        for way in args.ways:
+            out = args.out / f"{way}-{seed}"
+            if not (out / "frontier.csv").exists() and not args.table:
+                if out.exists():
+                    raise rewards.BadInput(f"{out} was stopped half-way: remove it")
+                train(way, seed, out, data)
+    for way in args.ways:
+        found = [args.out / f"{way}-{seed}" / "frontier.csv" for seed in args.seeds]
+        read = [list(csv.DictReader(open(path))) for path in found if path.exists()]
+        if read:
+            runs[way] = [[{name: float(v) for name, v in row.items()} for row in rows] for rows in read]
+    runs |= {way: [rows] for way, rows in processed(data).items()}
+    table(runs)
+    figure(runs, args.out / "frontier.png")
+    print(f"wrote {args.out}/frontier.png")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except rewards.BadInput as e:
+        sys.exit(f"frontier.py: {e}")
