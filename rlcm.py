@@ -64,6 +64,7 @@ KEPT FROM ALL: log-prob averaged over D, advantages by prompt, clip range near 1
 """
 import copy
 import csv
+import io
 import json
 import os
 import shutil
@@ -82,6 +83,7 @@ from typing import Literal, Optional
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from rewards import HELP, PROMPTS, BadInput, get_prompts, get_reward, pictures
@@ -323,7 +325,8 @@ def train(cfg, resume=False, stop=()):
         A = advantages(R - cfg.kl * kl, prompts, run.history, cfg.buffer_size, cfg.min_count, cfg.adv_clip)
         A, inv_std = (v[run.mine].to(run.device) for v in A)
         paid = roll.kl.cumsum(0) - roll.kl  # (H, B), before each action, which is not to blame for it
-        A = A + cfg.kl * inv_std * (paid - paid.mean(1, keepdim=True))  # (H, B)
+        paid = paid - accelerator.reduce(paid.mean(1, keepdim=True), "mean")
+        A = A + cfg.kl * inv_std * paid  # (H, B)
 
         # 4. policy gradient
         log = update(
@@ -804,8 +807,10 @@ def save_checkpoint(run):
     """checkpoint/state.pt: all that a resumed run needs."""
     (run.out / "checkpoint").mkdir(exist_ok=True)
     state = {name: part.state_dict() for name, part in run.saved.items()}
+    whole = io.BytesIO()  # a full disk is then an OSError
+    torch.save({"trained": run.model.trained, "history": run.history, "rows": run.rows, **state}, whole)
     with aside(run.out / "checkpoint" / "state.pt", "wb") as f:
-        torch.save({"trained": run.model.trained, "history": run.history, "rows": run.rows, **state}, f)
+        f.write(whole.getbuffer())
 
 
 def load_checkpoint(out):
@@ -854,7 +859,7 @@ def load_weights(model, out):
 # =============================================== COMMAND LINE ===============================================
 def sample(cfg, prompts, run=None):
     """Draw prompts with the base model and, below, with a run's weights -> the path. Raises BadInput."""
-    check(cfg)
+    check(replace(cfg, log_with=None))
     path = Path(cfg.out or Path(run or ".") / "sample.png")
     model = load_model(replace(cfg, kl=0.0))
     images, captions = draw(model, cfg, prompts), prompts  # a fresh adapter changes nothing
@@ -941,7 +946,7 @@ def main(argv=None):
         status, message = 130, "stopped; a run goes on from its last checkpoint with --resume RUN"
     except torch.OutOfMemoryError as e:
         status, message = 2, f"out of GPU memory: try a smaller --micro-batch or --low-memory ({one_line(e)})"
-    except (BadInput, OSError) as e:  # OSError: a full disk, a folder that cannot be written
+    except (BadInput, OSError, SafetensorError) as e:  # the last two: a full disk, a folder not to be written
         status, message = 2, e
     print(f"rlcm.py: {message}", file=sys.stderr)
     return status

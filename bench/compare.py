@@ -8,7 +8,8 @@
 Runs land in runs/compare/REWARD-METHOD-SEED; one that is finished is not run again, one that was stopped goes
 on. For each reward a figure (bench/plot.py) and a table, mean and standard deviation over the seeds:
 
-first, last   mean reward of the first and of the last three epochs
+first, last   mean reward of the first and of the last three epochs; as metrics.csv has it, of the pictures of
+              training, on which rlcm has the noise of --last-noise (bench/evaluate.py draws without)
 gain          last - first, in standard deviations of the base model's reward (those of the first epochs)
 seconds       of the whole run; with --jobs 2 those of one core
 pictures      reward queries of the whole run

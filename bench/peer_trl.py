@@ -109,6 +109,25 @@ def theirs(job):
         step = trainer.step(epoch, step)
 
 
+def clocked(inner, part, spent, fed, scores):
+    """The same function with a clock around it. The U-Net's inputs and the rewards are counted too."""
+    import torch
+
+    @functools.wraps(inner)
+    def outer(*args, **kwargs):
+        phase = "update" if torch.is_grad_enabled() else "rollout"
+        key, start = f"U-Net in {phase}" if part == "U-Net" else part, time.perf_counter()
+        result = inner(*args, **kwargs)
+        spent[key] += time.perf_counter() - start
+        if part == "U-Net":
+            fed[key] += len(kwargs["sample"] if "sample" in kwargs else args[1])
+        if part == "reward":
+            scores.extend(result.tolist())
+        return result
+
+    return outer
+
+
 def work(job):
     """Train for ever: an epoch for each line on stdin, answered by a line of JSON; at its end, end."""
     answer = os.fdopen(os.dup(1), "w")
@@ -126,31 +145,14 @@ def work(job):
     unpinned = [f"{name} {version(name)}" for name, pin in pins if version(name).split("+")[0] != pin]
     spent, fed, scores, state = Counter(), Counter(), [], Counter()
 
-    def clocked(inner, part):
-        """The same function with a clock around it. The U-Net's inputs and the rewards are counted too."""
-
-        @functools.wraps(inner)
-        def outer(*args, **kwargs):
-            phase = "update" if torch.is_grad_enabled() else "rollout"
-            key, start = f"U-Net in {phase}" if part == "U-Net" else part, time.perf_counter()
-            result = inner(*args, **kwargs)
-            spent[key] += time.perf_counter() - start
-            if part == "U-Net":
-                fed[key] += len(kwargs["sample"] if "sample" in kwargs else args[1])
-            if part == "reward":
-                scores.extend(result.tolist())
-            return result
-
-        return outer
-
     for owner, name, part in (
         (diffusers.UNet2DConditionModel, "forward", "U-Net"),
         (diffusers.AutoencoderKL, "decode", "VAE decode"),
         (transformers.CLIPTextModel, "forward", "text encoder"),
         (torch.Tensor, "backward", "backward"),
     ):
-        setattr(owner, name, clocked(getattr(owner, name), part))
-    rewards.REWARDS["compress"] = clocked(rewards.compress, "reward")
+        setattr(owner, name, clocked(getattr(owner, name), part, spent, fed, scores))
+    rewards.REWARDS["compress"] = clocked(rewards.compress, "reward", spent, fed, scores)
 
     def next_epoch():
         if not sys.stdin.readline():

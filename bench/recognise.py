@@ -11,7 +11,8 @@ retrieval     share of the 200 whose caption is the nearest of all to tiny/clip,
 blank         share of the 245 in which fewer than 2 % of the pixels differ visibly from the page
 kB            mean JPEG size of the 200; compress rewards its negative
 reward        mean of the run's own reward over the 200
-first, last   of the run's metrics.csv: mean reward of the first and of the last three epochs
+first, last   of the run's metrics.csv, noise of --last-noise included: mean reward of the first and of the
+              last three epochs
 gain          last - first, in standard deviations of the first epoch's rewards
 seconds       of the whole run
 """
