@@ -1,6 +1,6 @@
 """Tests of rlcm.py, rewards.py and bench/ against independent computations.
 
-    python -m pytest -q -n 2 --dist loadgroup test_rlcm.py     # two processes of one thread each
+    python -m pytest -q -n 2 --dist worksteal test_rlcm.py     # two processes of one thread each
     python -m pytest -q test_rlcm.py                           # one process
 
 They need no network, and run on the CPU also where there is a GPU, unless RLCM_TEST_GPU is set.
@@ -1457,7 +1457,6 @@ def test_an_lcm_lora_makes_a_diffusion_model_a_consistency_model(mini_sd, tmp_pa
     assert column(out, "path_kl")[0] == 0 < column(out, "path_kl")[1] and column(out, "ratio_drift") == [0, 0]
 
 
-@pytest.mark.xdist_group("children")
 @pytest.mark.parametrize("rank", [4, 0])
 def test_half_precision_trains_float32_weights_with_the_ratio_still_one(rank, spawn, mini, tmp_path):
     out = tmp_path / "run"
@@ -1670,7 +1669,6 @@ def run(tmp_path_factory):
 PLAIN = dict(num_inference_steps=4, guidance_scale=6.0)
 
 
-@pytest.mark.xdist_group("run")
 def test_a_run_learns_and_stays_on_policy(run):
     r = column(run, "reward_mean")
     assert len(r) == 5 and column(run, "ratio_drift") == [0.0] * 5
@@ -1678,7 +1676,6 @@ def test_a_run_learns_and_stays_on_policy(run):
     assert column(run, "reward_queries") == [32, 64, 96, 128, 160]
 
 
-@pytest.mark.xdist_group("run")
 def test_a_run_leaves_what_it_promises(run):
     names = "config.json metrics.csv samples reward.png checkpoint pytorch_lora_weights.safetensors"
     assert {p.name for p in run.iterdir()} == set(names.split())
@@ -1690,7 +1687,6 @@ def test_a_run_leaves_what_it_promises(run):
     assert likeness.keys() == {4, 5} and 0.3 < likeness[5] < 0.999
 
 
-@pytest.mark.xdist_group("run")
 def test_the_lora_in_a_plain_pipeline_draws_the_runs_last_grid(run):
     prompts = ["a red apple"] * 16
     tuned = plain_pictures(HERE / "tiny" / "lcm", prompts, lora=run, **PLAIN)
@@ -1702,7 +1698,6 @@ def test_the_lora_in_a_plain_pipeline_draws_the_runs_last_grid(run):
     assert rlcm.likeness(tuned, base) == pytest.approx(float(metrics(run)[-1]["likeness"]), abs=1e-3)
 
 
-@pytest.mark.xdist_group("run")
 def test_sample_draws_base_above_tuned(run, tmp_path, capsys):
     path, prompts = tmp_path / "pictures.png", ["a cat", "pizza"]
     assert rlcm.main(["--sample", *prompts, "--load", str(run), "--out", str(path)]) == 0
@@ -1713,7 +1708,6 @@ def test_sample_draws_base_above_tuned(run, tmp_path, capsys):
     assert b0[0] == b1[0] < t0[0] == t1[0] and b0[1] == t0[1] < b1[1] == t1[1]  # two rows, two columns
 
 
-@pytest.mark.xdist_group("run")
 def test_evaluate_measures_what_a_plain_pipeline_draws(run, tmp_path, monkeypatch):
     monkeypatch.setitem(evaluate.STEPS, "lcm", (1,))
     monkeypatch.setattr(evaluate, "PICTURES", 9)
@@ -1922,7 +1916,6 @@ def go_on(settings):
     return settings
 
 
-@pytest.mark.xdist_group("children")
 def test_a_run_killed_at_six_moments_ends_as_the_one_left_alone(spawn, mini, tmp_path):
     """SIGKILL in the midst of epochs, of the start, of a file; each time the run is resumed."""
     alone, killed, rng = tmp_path / "alone", tmp_path / "killed", np.random.default_rng(0)
@@ -2021,7 +2014,6 @@ WRITERS = {
 }
 
 
-@pytest.mark.xdist_group("children")
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_file_is_the_old_or_the_new_one_wherever_its_writer_is_killed(name, spawn, tmp_path):
     """Before each thing done to a path (open, rename, ...) and in the midst of the contents."""
@@ -2049,7 +2041,6 @@ def test_a_file_is_the_old_or_the_new_one_wherever_its_writer_is_killed(name, sp
     assert len(found) >= 6 and found[:4] == [{0}] * 4 and found[-1] == {1}
 
 
-@pytest.mark.xdist_group("children")
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_survives(spawn, mini, tmp_path):
     """It fills up in metrics.csv, a picture, the LoRA or the checkpoint of the second epoch."""
     out = tmp_path / "run"
@@ -2065,7 +2056,6 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_survives(spawn, mini, t
     assert spawn(train, {"resume": out, "epochs": 2}).wait() == 0 and len(values(out)) == 2
 
 
-@pytest.mark.xdist_group("children")
 def test_a_reward_that_turns_nan_is_named_and_the_last_checkpoint_is_intact(spawn, mini, tmp_path):
     """Calls: the first grid, then rollout and grid of each epoch."""
     (tmp_path / "flaky.py").write_text(
@@ -2079,7 +2069,6 @@ def test_a_reward_that_turns_nan_is_named_and_the_last_checkpoint_is_intact(spaw
     assert spawn(train, {"resume": out, "epochs": 3}).wait() == 0 and len(values(out)) == 3
 
 
-@pytest.mark.xdist_group("children")
 def test_ctrl_c_saves_and_resumes(spawn, mini, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     settings = dict(LINES, model=mini, save_every=100, epochs=20)
@@ -2100,7 +2089,6 @@ def train_as_one_of_several(settings):
         return train(settings)
 
 
-@pytest.mark.xdist_group("children")
 def test_two_processes_give_the_gradient_of_one(spawn, mini, tmp_path):
     """A run on one process and, by torch.distributed.run's launcher, on two with half of each batch."""
     (tmp_path / "mine.py").write_text("def red(images, prompts):\n    return images[:, 0].mean((1, 2))\n")
