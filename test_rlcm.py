@@ -849,7 +849,9 @@ def test_eps_is_the_guided_network_and_pretrained_restores_the_adapter(model, mi
 @torch.no_grad()
 def test_a_saved_adapter_keeps_its_alpha_in_a_plain_pipeline(mini, tmp_path):
     """Alpha three times the rank: a reader that does not find it takes the rank."""
+    random = torch.get_rng_state()
     model = perturbed(rlcm.load_model(Config(model=mini, lora_rank=2, lora_alpha=6)))
+    assert torch.equal(torch.get_rng_state(), random)  # a program that loads it keeps its own random numbers
     rlcm.save_weights(model.pipe, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
     pipe = DiffusionPipeline.from_pretrained(mini, dtype=torch.float32)
@@ -1918,30 +1920,31 @@ def go_on(settings):
 
 def test_a_run_killed_at_six_moments_ends_as_the_one_left_alone(spawn, mini, tmp_path):
     """SIGKILL in the midst of epochs, of the start, of a file; each time the run is resumed."""
-    alone, killed, rng = tmp_path / "alone", tmp_path / "killed", np.random.default_rng(0)
-    settings = dict(LINES, model=mini, epochs=6)
+    alone, killed, rng, epochs = tmp_path / "alone", tmp_path / "killed", np.random.default_rng(0), 10
+    settings = dict(LINES, model=mini, epochs=epochs)
     assert spawn(train, settings | {"out": alone}).wait() == 0
     picture, lora, checkpoint = sizes(alone)
-    an_epoch = column(alone, "seconds")[-1] / 6
+    an_epoch = column(alone, "seconds")[-1] / epochs
     settings["out"] = killed
-    moments = [picture // 2, (picture + lora) // 2, "epoch", (lora + checkpoint) // 2, "start", "epoch"]
+    first = [picture // 2, (picture + lora) // 2, "second epoch"]
+    moments = [*first, (lora + checkpoint) // 2, "start", "second epoch"]
     for n, moment in enumerate(moments, 1):
-        before = written(killed)
         if isinstance(moment, int):
             child = spawn(train, go_on(settings), moment)
             code, where = child.wait(), f"at byte {moment} of a file"
             assert code == -signal.SIGXFSZ, child.said()
         else:
+            seen = {written(killed)}
             child = spawn(train, go_on(settings))
-            while moment == "epoch" and written(killed) == before and child.wait(0.01) is None:
-                pass
-            wait = rng.uniform(0, 1.5 * an_epoch)
+            while moment != "start" and len(seen) < 3 and child.wait(0.01) is None:  # the first one is saved
+                seen.add(written(killed))
+            wait = rng.uniform(0, 0.8 * an_epoch)
             child.wait(wait)
             code, where = child.kill(), f"{wait:.2f} s after its {moment}"
             assert code == -signal.SIGKILL, child.said()
-        done = len(values(killed)) if (killed / "metrics.csv").exists() else 0
-        print(f"kill {n} {where:28} {done} of 6 epochs in metrics.csv")  # seen with -rP
-    assert 2 <= done < 6
+        done = len(values(killed)) if written(killed) else 0
+        print(f"kill {n} {where:32} {done} of {epochs} epochs in metrics.csv")  # seen with -rP
+    assert 3 <= done < epochs
     assert spawn(train, go_on(settings)).wait() == 0
     assert values(alone) == values(killed) and same_weights(alone, killed)
     for path in (alone / "samples").iterdir():
@@ -2109,16 +2112,6 @@ def test_two_processes_give_the_gradient_of_one(spawn, mini, tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------- bad input
-WRONG_REWARDS = """
-import torch
-def nan(images, prompts): return torch.tensor([float("nan")] * len(prompts))
-def shape(images, prompts): return torch.zeros(len(prompts), 2)
-def scalar(images, prompts): return 1.0
-def raises(images, prompts): raise RuntimeError("no")
-def text(images, prompts): return "five"
-value = 3
-"""
-
 BAD = {  # arguments of rlcm.py: what the message must name
     "--reward nope": "compress, incompress",
     "--reward missing.py:fn": "no reward file missing.py",
@@ -2184,6 +2177,7 @@ BAD = {  # arguments of rlcm.py: what the message must name
     "--resume nowhere": "not a run directory",
     "--resume full": "not a run directory",
     "--resume half": "no readable checkpoint",
+    "--resume hostile": "no readable checkpoint",
     "--resume half --lr 0.1": "--lr",
     "--resume half --sample cat": "--sample",
 }
@@ -2208,7 +2202,7 @@ def everything_in(folder):
 def bad_place(mini, tmp_path, monkeypatch):
     """The current folder, with all that can be wrong in it; leaves it as it was."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "rewards_.py").write_text(WRONG_REWARDS)
+    (tmp_path / "rewards_.py").write_text(REWARD_FILE)
     (tmp_path / "broken.py").write_text("def fn(:\n")
     (tmp_path / "prompts.txt").write_text("a cat\n")
     (tmp_path / "empty.txt").write_text("\n \n")
@@ -2218,7 +2212,9 @@ def bad_place(mini, tmp_path, monkeypatch):
     (tmp_path / "full" / "x").write_text("")
     (tmp_path / "half" / "checkpoint" / "state.pt").write_bytes(b"damaged")
     (tmp_path / "damaged" / "pytorch_lora_weights.safetensors").write_bytes(b"damaged")
-    for folder in ("half", "damaged"):
+    (tmp_path / "hostile" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "hostile" / "checkpoint" / "state.pt").write_bytes(b"cos\nsystem\n(S'touch hacked'\ntR.")
+    for folder in ("half", "damaged", "hostile"):
         (tmp_path / folder / "config.json").write_text(json.dumps(asdict(Config(model=mini, micro_batch=16))))
     before = everything_in(tmp_path)
     yield
