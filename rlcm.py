@@ -46,8 +46,8 @@ PAPERS on arXiv: RLCM 2404.03673, RL for Consistency Models. LCM 2310.04378, Lat
 DIFFERS FROM THE RLCM CODE (github.com/Owen-Oertell/rlcm)
     1. The last action. The paper has it both ways: section 4 and Fig. 2 show H - 1 actions, the algorithm box
        one more. The code noises the last latent once more, to its own level, and scores that noise, on which
-       the picture does not depend. Here the last evaluation adds no noise (--last-noise 0), or noise that the
-       picture shows in training alone, is the only action, and is judged against its mirror image -noise.
+       the picture does not depend. Here, with --last-noise 0 the last evaluation adds no noise; else it adds
+       some in training, which the picture shows, is the only action, and is judged by its mirror image.
     2. The paper's kernel is of a variance-exploding process: mean f, variance tau^2 - eps^2. Scale x by
        sqrt(ab) and put tau^2 = (1 - ab) / ab, eps = 0: this is the kernel here and in the code.
     3. Timesteps of today's LCMScheduler, on which the LoRA is then sampled; there diffusers' of 2023.

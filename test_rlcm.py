@@ -823,6 +823,13 @@ def test_a_gpu_takes_the_papers_model_in_half_precision_and_says_so(monkeypatch,
         assert capsys.readouterr().out == ""
 
 
+def test_only_the_first_of_several_processes_speaks(monkeypatch, capsys):
+    for rank, said in (("0", "hello\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        rlcm.say("hello")
+        assert capsys.readouterr().out == said
+
+
 @torch.no_grad()
 def test_eps_is_the_guided_network_and_pretrained_restores_the_adapter(model, mini_sd):
     """Against the U-Nets alone; the adapter is back also when the block raises."""
@@ -1727,6 +1734,7 @@ def test_evaluate_measures_what_a_plain_pipeline_draws(run, tmp_path, monkeypatc
         assert float(row["standard_error"]) == pytest.approx(r.std().item() / 3, rel=0.02)
 
 
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of diffusers' DPM-Solver++
 @pytest.mark.parametrize("method", ["ddpo", "score"])
 def test_evaluate_of_the_diffusion_methods(method, mini_sd, tmp_path, capsys, monkeypatch):
     """Their own sampler by number of steps, and DPM-Solver++ as a plain pipeline draws it."""
