@@ -860,7 +860,7 @@ def load_weights(model, out):
 def sample(cfg, prompts, run=None):
     """Draw prompts with the base model and, below, with a run's weights -> the path. Raises BadInput."""
     check(replace(cfg, log_with=None))
-    path = Path(cfg.out or Path(run or ".") / "sample.png")
+    path = Path(cfg.out or Path(run or ".") / "sample").with_suffix(".png")
     model = load_model(replace(cfg, kl=0.0))
     images, captions = draw(model, cfg, prompts), prompts  # a fresh adapter changes nothing
     if run:
