@@ -30,7 +30,7 @@ GLOSSARY      shape           meaning, symbol in the papers
     x         (B, C, h, w)    latent before a step: x_0 ~ N(0, I) is noise, x_H is decoded
     k         (B,)            number of the step, for each row of the batch
     s         (H,) each       schedule: s.t timestep (tau in RLCM, real for score), s.ab alpha-bar, share of
-                              the signal in x_k, s.ab_next: in x_{k+1}, s.std, s.actions: the k that are trained
+                              the signal in x_k, s.ab_next in x_{k+1}, s.std, s.actions: trained k
     c         (B, L, E)       embedding of the prompt
     eps       a function      eps(x, t, c) -> (B, C, h, w): the noise that the network sees in x
     pre                       of the pretrained (base) model: the same network without its adapter
