@@ -254,8 +254,8 @@ def bert_recall(references, candidates, device):
 def align(images, prompts, llava=None):
     """does a LLaVA's description say what the prompt says? BERTScore recall, 0 for unrelated texts, 1 at most
 
-    As DDPO and RLCM compare them, with two differences: LLaVA-1.5 7B describes the pictures (13B in both
-    papers: align_13b), and sees them as they are (there as JPEG of quality 80, sent to a server over HTTP).
+    As DDPO and RLCM compare them, with two differences: LLaVA-1.5 7B describes the pictures (there 13B of
+    the first LLaVA; nearest: align_13b), and sees them as they are (there as JPEG-80, sent to a server).
     They report the recall before rescaling: 0.517 + 0.483 x this.
     """
     said = describe(images, llava or HUB["llava"])
@@ -264,7 +264,7 @@ def align(images, prompts, llava=None):
 
 
 def align_13b(images, prompts):
-    """align with the papers' LLaVA-1.5 13B in place of 7B: 26 GB of GPU memory instead of 14"""
+    """align with LLaVA-1.5 13B in place of 7B: 26 GB of GPU memory instead of 14"""
     return align(images, prompts, HUB["llava-13b"])
 
 
@@ -279,6 +279,8 @@ def get_reward(name, model=None):
     With model "tiny", `clip` is the embedded model's own CLIP. Raises BadInput.
     """
     names = [part.strip() for part in name.split(",")]
+    if len(set(names)) < len(names):
+        raise BadInput(f"the reward {name!r} has a part twice: add up its weights")
     fns = [get_term(part, name, model) for part in names]
 
     def terms(images, prompts):
@@ -318,7 +320,7 @@ def get_term(part, whole, model):
 def checked(part, fn, scale, images, prompts):
     """scale x fn(images, prompts), (B,) float32 on the CPU. BadInput if it is not B finite real numbers."""
     try:
-        with torch.cuda.device_of(images):  # a new thread's current GPU is 0
+        with torch.no_grad(), torch.cuda.device_of(images):  # a new thread has gradients on, and GPU 0
             r = torch.as_tensor(fn(images, prompts)).detach()
             r = scale * r.float().cpu()  # float: integer rewards must not truncate advantages
     except BadInput:
@@ -378,6 +380,27 @@ def picture_statistics(images):
     }
 
 
+LOOKS = "blank", "dark", "edges", "colours"
+
+
+def judge(reward, images, prompts):
+    """The parts of a reward from get_reward, then picture_statistics: (B, parts + 4) float32 on the CPU."""
+    looks = torch.stack([*picture_statistics(images).values()]).cpu()
+    return torch.cat([reward.terms(images, prompts), looks]).T
+
+
+def moved_far(now, then):
+    """What has moved far between two epochs, in words, or "". Two dicts of LOOKS and diversity."""
+    far = [
+        ("blank", now["blank"] > then["blank"] + 0.05),
+        ("dark", abs(now["dark"] - then["dark"]) > 0.2),
+        ("edges", not 0.55 < now["edges"] / (then["edges"] + 1e-6) < 1.8),
+        ("colours", now["colours"] < 0.5 * then["colours"]),
+        ("diversity", now["diversity"] < 0.45 * then["diversity"]),
+    ]
+    return ", ".join(f"{name} {then[name]:.3f} -> {now[name]:.3f}" for name, moved in far if moved)
+
+
 @torch.no_grad()
 def diversity(images, prompts):
     """Mean distance of two pictures of the same prompt, a float: 0 when they are one picture.
@@ -401,8 +424,8 @@ OTHER_ANIMALS = (  # held out: none of the 45, all known to the embedded model
     "badger beaver bison crab crocodile eagle elephant flamingo giraffe hippopotamus jellyfish koala leopard "
     "lobster octopus otter owl panda parrot peacock penguin rhinoceros snail swan"
 ).split()
-# ImageNet-1k's animal classes, 0 to 397, the first name of each. The list in RLCM's code has all the synonyms
-# of a class in its prompt: "tench, Tinca tinca".
+# ImageNet-1k's animal classes, 0 to 397, the first name of each. The lists in DDPO's and RLCM's code have all
+# the synonyms of a class in its prompt: "tench, Tinca tinca".
 IMAGENET_ANIMALS = (
     "tench, goldfish, great white shark, tiger shark, hammerhead, electric ray, stingray, cock, hen, "
     "ostrich, brambling, goldfinch, house finch, junco, indigo bunting, robin, bulbul, jay, magpie, "

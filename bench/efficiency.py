@@ -92,10 +92,11 @@ def pairs(cfg, n):
         return seen.run
 
     def record(*args, **kwargs):  # the last thing an epoch does
-        recorded(*args, **kwargs)
+        over = recorded(*args, **kwargs)
         clock.append(now())
         seen.bare()
         clock.append(now())
+        return over
 
     with mock.patch.multiple(rlcm, start=start, record=record):
         rlcm.train(replace(cfg, epochs=n + 2))
@@ -130,7 +131,7 @@ def breakdown(cfg, n=3):
             spent["reward"] = spent.pop("collect") - inside
             spent["rest"] = now() - clock[0] - sum(spent.values())
             result.update({part: seconds / n for part, seconds in spent.items()})
-        recorded(run, epoch, *args, **kwargs)
+        return recorded(run, epoch, *args, **kwargs)
 
     names = "collect", "rollout", "decode", "path_kl", "update"
     clocks = {name: timed(getattr(rlcm, name), name) for name in names}
@@ -151,7 +152,7 @@ def main():
     ratios = []
     for method in args.methods:
         for size in args.batch_sizes:
-            given = {"batch_size": size} if size else {}
+            given = {"min_likeness": 0} | ({"batch_size": size} if size else {})
             with tempfile.TemporaryDirectory() as folder, mock.patch.object(rlcm, "say"):
                 cfg = rlcm.configure(model=args.model, method=method, save_every=10**6, **given)
                 ours, bare, m = pairs(replace(cfg, out=f"{folder}/pairs"), args.epochs)

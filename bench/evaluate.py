@@ -74,6 +74,7 @@ def draw_with_solver(pipe, cfg, prompts, steps):
     own, images = pipe.scheduler, []
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(own.config)
     options = dict(num_inference_steps=steps, guidance_scale=cfg.guidance, output_type="pt")
+    options |= dict(height=cfg.pixels, width=cfg.pixels)
     for i in range(0, len(prompts), cfg.micro_batch):
         part = prompts[i : i + cfg.micro_batch]
         g = [torch.Generator().manual_seed(i + j) for j in range(len(part))]

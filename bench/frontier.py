@@ -6,18 +6,22 @@
 
 Every few epochs of a run the 200 fixed captions of bench/recognise.py are drawn, without noise on the last
 latent, and judged: reward (minus kB), accuracy (nearest training picture), retrieval (tiny/clip). Rows go to
-runs/frontier/WAY-SEED/frontier.csv; a run that is complete is not run again. Ways:
+runs/frontier/WAY-SEED/frontier.csv; a run that is complete is not run again. A run ends when the accuracy is
+below one half. Ways, each also with -kl, lambda = 0.01:
 
-all      the noises between evaluations are the actions, no KL: stop early or late
-kl       the same with a KL, lambda = 0.0028
-last     the default: noise on the clean latent is the only action, judged against its mirror image
+last     rlcm's default: noise on the clean latent is the only action, judged against its mirror image
+all      rlcm with the papers' actions, the noises between evaluations
+clip     rlcm's default with tiny/clip's score added to the reward, compress:1,clip:1 (table: compress alone)
+ddpo     DDPO in 5 steps
+score    Scores as Actions in 5 steps
+strength the LoRA at the end of `last`, scaled by 0.2 to 1 when drawing
 blur     no training: the base model's pictures blurred (sigma 0.7, 1, 2, 3 pixels)
 vae      the same, then through the VAE: what the decoder can draw
 fade     no training: the base model's pictures faded to white (by 0.2, 0.4, 0.6)
 
 Table: reward at which a way's accuracy is 0.85 and 0.75, and its retrieval there, by linear interpolation
-between epochs; mean and, in brackets, each seed. Forwards: bare passes of the network, batch 32, a backward
-counting two, until the accuracy has come down to 0.85.
+between epochs; mean and, in brackets, each seed. Passes: of the network with 32 rows, guidance counting two
+rows, a backward two passes, until the accuracy has come down to 0.85.
 """
 
 import argparse
@@ -26,6 +30,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import diffusers
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -35,31 +40,60 @@ import rlcm
 from bench.recognise import measure
 from tiny import make_tiny
 
-WAYS = {  # settings, epochs at which to judge, forwards of an epoch (64 pictures, H = 4)
-    "all": (dict(last_noise=0.0, epochs=36), range(12, 37, 3), 8 + 6 + 12),
-    "kl": (dict(last_noise=0.0, kl=0.0028, epochs=64), range(20, 65, 4), 8 + 6 + 6 + 12),
-    "last": (dict(epochs=33), range(12, 34, 3), 8 + 2 + 4),
+WAYS = {  # settings, epochs at which to judge
+    "last": (dict(), (*range(3, 34, 3), 40, 50, 60)),
+    "all": (dict(last_noise=0.0), range(6, 61, 3)),
+    "ddpo": (dict(method="ddpo"), range(6, 41, 2)),
+    "score": (dict(method="score"), range(6, 41, 2)),
 }
+WAYS |= {"clip": (dict(reward="compress:1,clip:1"), range(6, 61, 3))}
+WAYS |= {f"{way}-kl": (settings | dict(kl=0.01), epochs) for way, (settings, epochs) in WAYS.items()}
 COLUMNS = "accuracy", "animals", "retrieval", "blank", "kB", "reward"
 
 
 def train(way, seed, out, data):
     """A run that is judged on the way; frontier.csv appears when it is complete."""
-    settings, epochs, _ = WAYS[way]
+    settings, epochs = WAYS[way]
     captions, record, rows = make_tiny.fixed_captions(data[1]), rlcm.record, []
 
-    def judged(run, epoch, *args, **options):
-        record(run, epoch, *args, **options)
+    def judged(run, epoch, scores, kl, log, halt):
         if epoch in epochs:
-            rows.append({"epoch": epoch, **dict(zip(COLUMNS, measure(run.model, run.cfg, captions, data)))})
+            row = dict(zip(COLUMNS, measure(run.model, run.cfg, captions, data)))
+            rows.append({"epoch": epoch} | row | {"reward": -row["kB"]})
             print(way, seed, *(f"{name} {value:.3f}" for name, value in rows[-1].items()), flush=True)
+        over = bool(rows) and rows[-1]["accuracy"] < 0.5
+        return record(run, epoch, scores, kl, log, halt or over)
 
     rlcm.record = judged
     try:
-        rlcm.train(rlcm.configure(model="tiny", seed=seed, save_every=1000, out=str(out), **settings))
+        settings = settings | dict(epochs=max(epochs), min_likeness=0.0, save_every=1000)
+        rlcm.train(rlcm.configure(model="tiny", seed=seed, out=str(out), **settings))
     finally:
         rlcm.record = record
     rlcm.save_metrics(rows, out / "frontier.csv")
+
+
+def scaled(out, data):
+    """The LoRA of a run that went too far, at several strengths; to strength.csv beside it."""
+    cfg, captions, rows = rlcm.read_config(out), make_tiny.fixed_captions(data[1]), []
+    model = rlcm.load_model(cfg)
+    rlcm.load_weights(model, out)
+    for strength in (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
+        model.pipe.set_adapters(model.pipe.get_active_adapters(), strength)
+        rows.append({"strength": strength, **dict(zip(COLUMNS, measure(model, cfg, captions, data)))})
+    rlcm.save_metrics(rows, out / "strength.csv")
+
+
+def passes(way):
+    """Passes of the network in an epoch."""
+    cfg = rlcm.configure(model="tiny", **WAYS[way][0])
+    schedule, _ = rlcm.METHODS[cfg.method]
+    folder = rlcm.HERE / rlcm.TINY[cfg.method] / "scheduler"
+    kind = diffusers.LCMScheduler if cfg.method == "rlcm" else diffusers.DDIMScheduler
+    options = dict(last_std=cfg.last_noise) if cfg.last_noise else {}
+    actions = len(schedule(kind.from_pretrained(folder), cfg.steps, "cpu", **options).actions)
+    batches = cfg.batch_size / 32 * (1 if cfg.method == "rlcm" else 2)
+    return batches * (cfg.steps + 3 * actions + (actions if cfg.kl else 0))
 
 
 def blurred(images, sigma):
@@ -107,14 +141,14 @@ def crossing(rows, accuracy):
 
 
 def table(runs):
-    titles = "reward at 0.85", "retrieval", "reward at 0.75", "retrieval", "forwards to 0.85"
-    print(f"{'way':6}" + "".join(f"{title:>34}" for title in titles))
+    titles = "reward at 0.85", "retrieval", "reward at 0.75", "retrieval", "passes to 0.85"
+    print(f"{'way':9}" + "".join(f"{title:>34}" for title in titles))
     for way, members in runs.items():
         at_85, at_75 = (np.array([crossing(rows, accuracy) for rows in members]) for accuracy in (0.85, 0.75))
-        forwards = at_85[:, 2] * WAYS[way][2] if way in WAYS else at_85[:, 2]
-        line = f"{way:6}"
-        for values in (at_85[:, 0], at_85[:, 1], at_75[:, 0], at_75[:, 1], forwards):
-            digits = 0 if values is forwards else 3
+        cost = at_85[:, 2] * passes(way) if way in WAYS else at_85[:, 2]
+        line = f"{way:9}"
+        for values in (at_85[:, 0], at_85[:, 1], at_75[:, 0], at_75[:, 1], cost):
+            digits = 0 if values is cost else 3
             each = " ".join(f"{value:.{digits}f}" for value in values)
             line += f"{f'{values.mean():.{digits}f} ({each})':>34}"
         print(line)
@@ -151,8 +185,13 @@ def main():
                 if out.exists():
                     raise rewards.BadInput(f"{out} was stopped half-way: remove it")
                 train(way, seed, out, data)
-    for way in args.ways:
-        found = [args.out / f"{way}-{seed}" / "frontier.csv" for seed in args.seeds]
+    files = {way: [args.out / f"{way}-{seed}" / "frontier.csv" for seed in args.seeds] for way in args.ways}
+    if "last" in args.ways:
+        files["strength"] = [path.with_name("strength.csv") for path in files["last"]]
+        for path in files["strength"]:
+            if path.parent.exists() and not path.exists():
+                scaled(path.parent, data)
+    for way, found in files.items():
         read = [list(csv.DictReader(open(path))) for path in found if path.exists()]
         if read:
             runs[way] = [[{name: float(v) for name, v in row.items()} for row in rows] for rows in read]

@@ -7,11 +7,14 @@
 
 The U-Net of LCM_Dreamshaper_v7 (SD 1.5 with guidance embedding, 860 M weights), CLIP ViT-L's text encoder
 and the KL-f8 VAE, built from their configurations. Each setting runs in a process of its own: the program's
-rollout and update at H = 4 with 3 actions, LoRA of rank 16, no KL. "low" is --low-memory. Columns:
+rollout and update at H = 4 with 3 actions, LoRA of rank 16, no KL. "low" is --low-memory, "compile" is
+--compile. In front of the table the floor: the TFLOP of an epoch, counted on the meta device, over the rate
+at which this device multiplies large bf16 matrices. Columns:
 
 micro-batch   rows of one pass of the network
 rollout       seconds a picture: four evaluations and one decode
 update        seconds an action: forward, backward and its share of the optimizer step
+share         of that rate that rollout and update reach; what --low-memory computes twice counts once
 ratio_drift   largest |ratio - 1| before the first optimizer step
 peak          of GPU memory allocated by torch; on a CPU of resident memory, loading included
 """
@@ -32,26 +35,78 @@ import torch
 
 import rlcm
 
-SETTINGS = "fp32", "fp32+low", "bf16", "bf16+low", "fp16", "fp16+low"
+SETTINGS = "fp32", "fp32+low", "bf16", "bf16+low", "bf16+compile", "fp16", "fp16+low"
+H, ACTIONS = 4, 3
 
 
-def make(folder, pixels):
+def networks(pixels, toy=False):
+    """The U-Net and the VAE of the full size; toy: the same layers, a tenth as wide."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    wide, vae_wide = (320, 640, 1280, 1280), (128, 256, 512, 512)
+    if toy:
+        wide, vae_wide = (32, 64, 128, 128), (32, 32, 32, 32)
+    unet = UNet2DConditionModel(
+        sample_size=pixels // 8, cross_attention_dim=768, attention_head_dim=8, time_cond_proj_dim=256,
+        block_out_channels=wide,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=vae_wide, layers_per_block=2, latent_channels=4, sample_size=pixels,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+    return unet, vae
+
+
+def count(pixels, toy=False):
+    """TFLOP of a forward pass, of forward and backward, and of a decode, for one row: {name: TFLOP}."""
+    from peft import LoraConfig
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def tflop(f):
+        with FlopCounterMode(display=False) as counter:
+            f()
+        return counter.get_total_flops() / 1e12
+
+    with torch.device("meta"):
+        unet, vae = networks(pixels, toy)
+        lora = LoraConfig(r=16, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+        unet.requires_grad_(False).add_adapter(lora)
+        x, t, c = torch.zeros(1, 4, pixels // 8, pixels // 8), torch.zeros(1), torch.zeros(1, 77, 768)
+        w = torch.zeros(1, 256)
+        with torch.no_grad():
+            forward, decode = tflop(lambda: unet(x, t, c, timestep_cond=w)), tflop(lambda: vae.decode(x))
+        both = tflop(lambda: unet(x, t, c, timestep_cond=w).sample.sum().backward())
+    return {"forward": forward, "both": both, "decode": decode}
+
+
+def matmul_rate():
+    """TFLOP a second of a product of large square matrices in bf16 on this machine: median of ten."""
+    gpu = torch.cuda.is_available()
+    n, seconds = 8192 if gpu else 1024, []
+    a = torch.randn(n, n, device="cuda" if gpu else "cpu", dtype=torch.bfloat16)
+    for _ in range(13):
+        began = now()
+        a @ a
+        seconds.append(now() - began)
+    return 2 * n**3 / sorted(seconds[3:])[5] / 1e12
+
+
+def now():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def make(folder, pixels, toy=False):
     """Write a pipeline of the full size with random weights, in bf16: 2.1 GB -> weights of the U-Net."""
-    from diffusers import AutoencoderKL, LatentConsistencyModelPipeline, LCMScheduler, UNet2DConditionModel
+    from diffusers import LatentConsistencyModelPipeline, LCMScheduler
     from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    unet = UNet2DConditionModel(
-        sample_size=pixels // 8, cross_attention_dim=768, attention_head_dim=8, time_cond_proj_dim=256
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=pixels,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    )  # fmt: skip
-    text = CLIPTextModel(
-        CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-    )
+    unet, vae = networks(pixels, toy)
+    sizes = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
+    text = CLIPTextModel(CLIPTextConfig(**sizes, num_hidden_layers=1 if toy else 12))
     torch.set_default_dtype(torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(rlcm.HERE / "tiny" / "lcm" / "tokenizer", model_max_length=77)
     scheduler = LCMScheduler(
@@ -67,28 +122,24 @@ def make(folder, pixels):
     return sum(p.numel() for p in unet.parameters())
 
 
-def work(folder, setting, B):
+def work(folder, setting, B, micro_batch, pixels):
     """Measure one setting with B pictures -> a dict. On a GPU all runs twice, and the second time counts."""
     from accelerate import Accelerator
 
-    precision, low = setting.split("+")[0], setting.endswith("+low")
-    settings = dict(precision=precision, low_memory=low, steps=4, batch_size=B, kl=0.0)
+    precision, *extra = setting.split("+")
+    settings = dict(precision=precision, low_memory="low" in extra, compile="compile" in extra, pixels=pixels)
+    settings |= dict(steps=H, batch_size=B, kl=0.0, last_noise=0.0)
+    settings |= {"micro_batch": micro_batch} if micro_batch else {}
     cfg = rlcm.configure(model=folder, **settings)
     accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
     device = accelerator.device
     model = rlcm.load_model(cfg, accelerator)
     optimizer = accelerator.prepare_optimizer(torch.optim.Adam(model.trained.values(), cfg.lr))
-    s, c = rlcm.rlcm_schedule(model.pipe.scheduler, cfg.steps, device), rlcm.encode(model.pipe, ["a cat"] * B)
+    s, c = rlcm.rlcm_schedule(model.pipe.scheduler, H, device), rlcm.encode(model.pipe, ["a cat"] * B)
     m = max(m for m in range(1, cfg.micro_batch + 1) if B % m == 0)
-
-    def now():
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    for i in range(2 if device.type == "cuda" else 1):
+    for i in range(2 if device.type == "cuda" or cfg.compile else 1):
         g = torch.Generator().manual_seed(i)
-        z = torch.randn(cfg.steps + 1, B, *model.shape, generator=g).to(device)
+        z = torch.randn(H + 1, B, *model.shape, generator=g).to(device)
         clock, parts = [now()], []
         for b in torch.arange(B).split(m):
             parts.append(rlcm.rollout(rlcm.rlcm_policy, model.eps, s, c[b], z[:, b]))
@@ -111,40 +162,66 @@ def work(folder, setting, B):
     }
 
 
+def measure(folder, setting, B, micro_batch, pixels, tflop, rate, timeout=None):
+    """`work` in a process of its own, and the shares of the rate reached. Raises RuntimeError."""
+    given = [folder, setting, B, micro_batch, pixels]
+    command = [sys.executable, __file__, "--work", *map(str, given)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["killed"])[-1])
+    row = json.loads(done.stdout.splitlines()[-1])
+    shares = {
+        "rollout_share": (H * tflop["forward"] + tflop["decode"]) / rate / row["rollout"],
+        "update_share": tflop["both"] / rate / row["update"],
+    }
+    return row | shares
+
+
+def floor(tflop, rate, B):
+    """What an epoch of B pictures computes and how long it takes at least, in words."""
+    epoch = B * (H * tflop["forward"] + tflop["decode"] + ACTIONS * tflop["both"])
+    parts = ", ".join(f"{name} {v:.3g}" for name, v in tflop.items())
+    return (
+        f"TFLOP a row: {parts}; an epoch of {B} pictures, H = {H}, {ACTIONS} actions: {epoch:.1f}\n"
+        f"bf16 matmul here: {rate:.2f} TFLOP/s; floor of the epoch: {epoch / rate:.2f} s"
+    )
+
+
 def main():
     raw, gpu = argparse.RawDescriptionHelpFormatter, torch.cuda.is_available()
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     p.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS if gpu else SETTINGS[:4])
     p.add_argument("--pixels", type=int, default=512)
-    p.add_argument("--batch-size", type=int, default=8 if gpu else 1)
+    p.add_argument("--batch-size", type=int, default=16 if gpu else 1)
     p.add_argument("--make", metavar="FOLDER", help="build the pipeline there and stop")
-    p.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
+    p.add_argument("--work", nargs=5, help=argparse.SUPPRESS)
     args = p.parse_args()
     rlcm.quiet()
     if args.work:
-        print(json.dumps(work(*args.work, args.batch_size)))
+        print(json.dumps(work(*args.work[:2], *map(int, args.work[2:]))))
         return
-    folder = Path(args.make or "runs/full-size.tmp")
+    folder, B = Path(args.make or "runs/full-size.tmp"), args.batch_size
     if not folder.exists():
         print(f"U-Net with {make(folder, args.pixels) / 1e6:.0f} M weights in {folder}", flush=True)
     if args.make:
         return
     cores = f"{os.cpu_count()} CPU cores ({platform.processor() or platform.machine()})"
     name = torch.cuda.get_device_name() if gpu else cores
-    print(f"{name}, {args.pixels} px, {args.batch_size} pictures")
-    print(f"{'setting':10}{'micro-batch':>12}{'rollout':>10}{'update':>10}{'ratio_drift':>14}{'peak':>10}")
+    tflop, rate = count(args.pixels), matmul_rate()
+    print(f"{name}, {args.pixels} px, {B} pictures\n{floor(tflop, rate, B)}")
+    print(f"{'setting':13}{'micro-batch':>12}{'rollout':>10}{'update':>10}", end="")
+    print(f"{'share':>14}{'ratio_drift':>13}{'peak':>10}")
     try:
         for setting in args.settings:
-            print(f"{setting:10}", end="", flush=True)
-            given = "--batch-size", str(args.batch_size), "--work", folder, setting
-            command = [sys.executable, __file__, *given]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                print(f"  failed: {(done.stderr.splitlines() or ['killed'])[-1]}", flush=True)
+            print(f"{setting:13}", end="", flush=True)
+            try:
+                row = measure(folder, setting, B, 0, args.pixels, tflop, rate)
+            except RuntimeError as e:
+                print(f"  failed: {e}", flush=True)
                 continue
-            row = json.loads(done.stdout.splitlines()[-1])
             print(f"{row['micro_batch']:>12}{row['rollout']:>9.2f}s{row['update']:>9.2f}s", end="")
-            print(f"{row['ratio_drift']:>14.2g}{row['peak']:>6.1f} GiB", flush=True)
+            print(f"{row['rollout_share']:>7.0%}{row['update_share']:>7.0%}", end="")
+            print(f"{row['ratio_drift']:>13.2g}{row['peak']:>6.1f} GiB", flush=True)
     finally:
         shutil.rmtree(folder)
 

@@ -1,15 +1,13 @@
 """Ablation of RLCM's last action: H evaluations, H - 1 of them followed by noise. What about the last one?
 
     python bench/last_action.py                                    # seeds 0 1 2, 20 epochs without KL
-    python bench/last_action.py --reward clip --variants dropped backprop --jobs 2
+    python bench/last_action.py --reward clip --variants dropped official --jobs 2
 
 dropped     --last-noise 0 of rlcm.py: the last evaluation adds no noise and is no action
 official    as in the official code: its result is noised once more, to its own level, which is scored as an
             action and which the picture never sees
 noise S     noise of std S on the last clean latent is an action more, and the picture shows it; the program's
             --last-noise S makes it the only one
-backprop    dropped, and the gradient of the reward itself goes back through decoder and last evaluation:
-            for a reward that has one, clip
 
 Each is the program with another entry in METHODS or with wrapped functions, in a process of its own; a run
 that has its LoRA is not run again. Table: mean reward of the last three epochs for each seed, their mean,
@@ -27,7 +25,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
-import rewards
 import rlcm
 
 
@@ -59,45 +56,10 @@ def noisy(std):
     rlcm.METHODS["rlcm"] = schedule, rlcm.rlcm_policy
 
 
-def backprop():
-    """grad E[r] = E[ sum_k A_k grad log p_k ] + E[ grad r(decode(f_theta(x_{H-1}))) ]: the second term too.
-
-    It is added to the gradient in the units of `update`: divided by the std of the prompt's returns, by the
-    number of actions and, as the log-prob is, by D.
-    """
-    start, advantages, update = rlcm.start, rlcm.advantages, rlcm.update
-    embed, decode = rewards.clip_embed.__wrapped__, rlcm.decode.__wrapped__  # without no_grad
-    kept = {}
-
-    def keep_run(*args):
-        kept["run"] = start(*args)
-        return kept["run"]
-
-    def keep_scale(returns, prompts, *args):
-        kept["prompts"] = prompts
-        A, kept["scale"] = advantages(returns, prompts, *args)
-        return A, kept["scale"]
-
-    def with_last(policy, eps, s, c, x, log_p, A, optimizer, m, *args, **kwargs):
-        H, B = log_p.shape
-        terms = B * len(s.actions) * x[0, 0].numel()
-        for b in torch.arange(B).split(m):
-            last, _ = policy(eps, x[H - 1, b], torch.full((len(b),), H - 1), c[b], s)
-            images, prompts = decode(kept["run"].model.pipe, last), [kept["prompts"][i] for i in b]
-            picture, prompt, _ = embed(images, prompts, rewards.TINY_CLIP, rewards.TINY_CLIP)
-            r = 2.5 * (picture * prompt).sum(1).clamp(min=0)
-            kwargs["backward"](-(kept["scale"][b] * r).sum() / terms)
-        return update(policy, eps, s, c, x, log_p, A, optimizer, m, *args, **kwargs)
-
-    rlcm.start, rlcm.advantages, rlcm.update = keep_run, keep_scale, with_last
-
-
 def work(variant, arguments):
     """In a process of its own: a run with that last action."""
     if variant == "official":
         official()
-    elif variant == "backprop":
-        backprop()
     elif variant.startswith("noise"):
         noisy(float(variant.split()[1]))
     sys.exit(rlcm.main(arguments))
@@ -108,8 +70,8 @@ def run(variant, seed, args):
     out = args.out / f"{variant.replace(' ', '-')}-{seed}"
     if not (out / "pytorch_lora_weights.safetensors").exists():
         settings = dict(reward=args.reward, epochs=args.epochs, kl=args.kl, seed=seed, out=out)
-        settings |= dict(model="tiny", last_noise=0, save_every=args.epochs)
-        flags = [str(v) for name, value in settings.items() for v in (f"--{name}", value)]
+        settings |= dict(model="tiny", last_noise=0, min_likeness=0, save_every=args.epochs)
+        flags = [str(v) for name, value in settings.items() for v in (f"--{name.replace('_', '-')}", value)]
         env = os.environ | ({"OMP_NUM_THREADS": "1"} if args.jobs > 1 else {})
         command = [sys.executable, __file__, "--work", variant, *flags]
         done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -123,8 +85,8 @@ def run(variant, seed, args):
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    names = "dropped", "official", "noise", "backprop"
-    p.add_argument("--variants", nargs="+", default=names[:3], choices=names)
+    names = "dropped", "official", "noise"
+    p.add_argument("--variants", nargs="+", default=names, choices=names)
     p.add_argument("--noise", nargs="+", type=float, default=[0.03, 0.1], help="S of the variant noise")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     p.add_argument("--epochs", type=int, default=20)

@@ -15,8 +15,8 @@ rollout(policy, eps, s, c, z) -> x (H+1, B, C, h, w), mean (H, B, C, h, w), log_
     Standard normal noise z (H+1, B, C, h, w).
 path_kl(policy, eps_pre, s, c, x, mean) -> mean_pre like mean, kl (H, B), nats
     Only for the charge: the eps of the model you started with.
-advantages(returns, prompts, history, size, min_count, clip) -> A (B,), 1 / std (B,)
-    A return is compared with the last `size` ones of its prompt, any hashable name, which `history` keeps, a
+advantages(R, prompts, history, size, min_count, clip) -> A (B,), in standard deviations
+    A reward is compared with the last `size` ones of its prompt, any hashable name, which `history` keeps, a
     dict of yours. Here all points have one prompt and are compared with their batch.
 log_prob(x_next, mean, std) -> (B,)
     Averaged over the D numbers of a state.
@@ -93,7 +93,7 @@ def pretrain(steps=2000):
     return network
 
 
-def learn(network, kl_weight=0.1, epochs=30, say=print):
+def learn(network, kl_weight=0.3, epochs=30, say=print):
     """Reinforce points near the corner -> mean reward of each epoch."""
     s, c, before = schedule(torch.linspace(1.55, 0.3, H)), torch.zeros(B, 0), copy.deepcopy(network)
     prompts, history, curve = ["any"] * B, {}, []
@@ -102,14 +102,16 @@ def learn(network, kl_weight=0.1, epochs=30, say=print):
         x, mean, log_p = rollout(rlcm_policy, network.eps, s, c, torch.randn(H + 1, B, D, 1, 1))
         r = -(x[-1].flatten(1) - CORNER).norm(dim=1)  # (B,), any function of the samples
         mean_pre, kl = path_kl(rlcm_policy, before.eps, s, c, x, mean)
-        A, inv_std = advantages(r - kl_weight * kl.sum(0), prompts, history, size=B, min_count=B, clip=5)
+        A = advantages(r, prompts, history, size=B, min_count=B, clip=5)
+        to_come = kl.sum(0) - kl.cumsum(0)  # (H, B), the KL after each action
+        A = A - kl_weight * (to_come - to_come.mean(1, keepdim=True))
         if epoch == 0:  # the first thing to check in code of your own: scored again, the ratio is exactly 1
             mean_0, std = rlcm_policy(network.eps, x[0], torch.zeros(B, dtype=torch.long), c, s)
             _, ratio = policy_loss(log_prob(x[1], mean_0, std), log_p[0], A)
             assert (ratio == 1).all()
         update(
             rlcm_policy, network.eps, s, c, x, log_p, A, optimizer, micro_batch=B, updates=4,
-            clip_range=0.2 / D, mean_pre=mean_pre, kl_weight=kl_weight * inv_std,
+            clip_range=0.2 / D, mean_pre=mean_pre, kl_weight=kl_weight,
         )  # fmt: skip
         curve.append(r.mean().item())
         if epoch % 5 == 4 or epoch == 0:
@@ -152,8 +154,8 @@ def main():
     curve = learn(tuned)
     if args.plot:
         free = copy.deepcopy(base)
-        points, curves = {"before": draw(base)}, {"lambda = 0.1": curve, "lambda = 0": learn(free, 0.0)}
-        points |= {"lambda = 0.1": draw(tuned), "lambda = 0": draw(free)}
+        points, curves = {"before": draw(base)}, {"lambda = 0.3": curve, "lambda = 0": learn(free, 0.0)}
+        points |= {"lambda = 0.3": draw(tuned), "lambda = 0": draw(free)}
         path = Path(__file__).resolve().parent.parent / "docs" / "lifted.png"
         plot(points, curves, path)
         print(f"wrote {path}")
