@@ -759,9 +759,9 @@ def start(cfg, resume=False):
     if accelerator.is_main_process:
         run.first = draw(model, cfg, run.shown)
         save_pictures(run, 0, run.first)
+        if not done:
+            save_checkpoint(run)
         save_config(run)
-    if accelerator.is_main_process and not done:
-        save_checkpoint(run)
     accelerator.init_trackers("rlcm", {name: str(value) for name, value in asdict(cfg).items()})
     if done:
         model.pipe.unet.load_state_dict(state["trained"], strict=False)

@@ -207,11 +207,11 @@ def show(name, rows, columns):
     for title, row in [(name if i == 0 else "", row) for i, row in enumerate(rows)] + [("mean", mean)]:
         if title != "mean" or len(rows) > 1:
             digits = {key: 0 if abs(row[key]) >= 100 or key == "epoch" else 3 for key in columns}
-            print(f"{title:16}" + "".join(f"{row[key]:11.{digits[key]}f}" for key in columns))
+            print(f"{title:22}" + "".join(f"{row[key]:11.{digits[key]}f}" for key in columns))
 
 
 def heading(text, columns):
-    print(f"\n{text}\n{'':16}" + "".join(f"{name:>11}" for name in columns))
+    print(f"\n{text}\n{'':22}" + "".join(f"{name:>11}" for name in columns))
 
 
 def lines(axis, runs, x, y):
@@ -395,10 +395,11 @@ REWARDS = {
 def other_rewards(args):
     runs = trained(args, "rewards", REWARDS)
     ends(runs)
-    canvas = Figure(figsize=(10, 3.8), layout="constrained")
-    for column, reward in enumerate(("incompress", "clip")):
+    kinds = list(dict.fromkeys(part.split("-")[1] for part in runs))
+    canvas = Figure(figsize=(5.5 * len(kinds), 3.8), layout="constrained")
+    for column, reward in enumerate(kinds):
         part = {name: members for name, members in runs.items() if name.endswith("-" + reward)}
-        axis = canvas.add_subplot(1, 2, column + 1)
+        axis = canvas.add_subplot(1, len(kinds), column + 1)
         lines(axis, curves(part), "passes", "held_out")
         axis.set(xlabel="passes of the network", ylabel=f"{reward} of 45 animals")
         axis.legend(frameon=False)
