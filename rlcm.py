@@ -173,14 +173,15 @@ def score_schedule(scheduler, H, device):
     """Real times, from the model's log alpha-bar made linear between its timesteps.
 
     The forward SDE dX = -1/2 beta X dt + sqrt(beta) dB has ab(t) = exp(-integral of beta up to t). Steps are
-    even in the root of that integral: small near the data. The last one ends at the data, without noise.
+    even in the cube root of that integral: small near the data, where the last noise stays in the picture.
     """
     integral = -scheduler.alphas_cumprod.double().log()  # at t = 0 .. 999
-    grid = integral[-1] * torch.linspace(1, 0, H + 1).double() ** 2
+    root = torch.linspace(1, 0, H + 1).double()
+    grid = integral[0] + (integral[-1] - integral[0]) * root**3
     t = torch.from_numpy(np.interp(grid[:-1], integral, np.arange(len(integral)))).float()
     ab, ab_next = (-grid).exp().unfold(0, 2, 1).T
     std = eta_one(ab, ab_next).float()
-    return on(device, t=t, ab=ab.float(), ab_next=ab_next.float(), std=std, actions=torch.arange(H - 1))
+    return on(device, t=t, ab=ab.float(), ab_next=ab_next.float(), std=std, actions=torch.arange(H))
 
 
 METHODS = {
@@ -235,7 +236,8 @@ def rollout(policy, eps, s, c, z):
 def path_kl(policy, eps_pre, s, c, x, mean):
     """KL_k of a rollout's steps: x (H+1, B, C, h, w), mean (H, B, C, h, w) -> mean_pre like mean, kl (H, B).
 
-    The sum bounds the KL of the final latents where the last step has noise, too: `ddpo` with SD's scheduler.
+    The sum bounds the KL of the final latents where all steps have noise and are actions: `score`, and `ddpo`
+    with SD's scheduler.
     """
     mean_pre, kl = torch.zeros_like(mean), torch.zeros_like(mean[:, :, 0, 0, 0])
     for k in s.actions.tolist():
@@ -245,21 +247,36 @@ def path_kl(policy, eps_pre, s, c, x, mean):
 
 
 # ---- advantages
-def advantages(R, prompts, history, size, min_count, clip):
+def predicted(method, x, mean, ab, ab_next):
+    """The clean latents that the network saw in x when it gave that mean, all (B, C, h, w)."""
+    if method == "rlcm":
+        return mean / ab_next.sqrt()
+    rho = ab / ab_next
+    a = (mean * rho.sqrt() - x) / (1 - rho)  # the score
+    return (x + (1 - ab) * a) / ab.sqrt()
+
+
+def advantages(R, prompts, history, size, min_count, clip, guess=None):
     """Rewards standardised by prompt (DDPO and RLCM, appendices): R (B,), B strings -> A (B,).
 
     `history`, prompt -> list of its last `size` rewards, is updated in place. A prompt with fewer than
-    min_count of them is standardised by the mean and std of this batch.
+    min_count of them is standardised by the mean and std of this batch. With guess (B, H), rewards of the
+    pictures predicted at each x_k, A is (B, H): less a value V(x_k) as in SaA, the line that fits best.
     """
     assert R.shape == (len(prompts),)
     R = R.double()  # integer rewards must not truncate
     for prompt, value in zip(prompts, R.tolist()):
         history[prompt] = (history.get(prompt, []) + [value])[-size:]
-    A = torch.empty_like(R)
+    mean, std = torch.empty_like(R), torch.empty_like(R)
     for i, prompt in enumerate(prompts):
         enough = len(history[prompt]) >= min(min_count, size)
         seen = torch.tensor(history[prompt], dtype=torch.double) if enough else R
-        A[i] = (R[i] - seen.mean()) / (seen.std(correction=0) + 1e-6)
+        mean[i], std[i] = seen.mean(), seen.std(correction=0) + 1e-6
+    A = (R - mean) / std
+    if guess is not None:
+        A, V = (A - A.mean())[:, None], (guess - mean[:, None]) / std[:, None]
+        V = V - V.mean(0)
+        A = A - V * (A * V).sum(0) / (V**2).sum(0).clamp(min=1e-6)
     return A.clamp(-clip, clip).float()
 
 
@@ -331,13 +348,15 @@ def train(cfg, resume=False, stop=()):
 
         # 3. advantages: rewards standardised by prompt over all processes; less lambda times the KL to come
         halt = torch.full_like(roll.kl[0], bool(stop))
-        scores, kl, halt = (v.cpu() for v in accelerator.gather((roll.scores, roll.kl.sum(0), halt)))
+        gathered = accelerator.gather((roll.scores, roll.kl.sum(0), roll.guess, halt))
+        scores, kl, guess, halt = (v.cpu() for v in gathered)
         R = scores[..., : len(run.reward_fn.names)].sum(2)  # (B, 1 or 2)
         R = (R[:, 0] - R[:, 1]) / 2 if cfg.last_noise else R[:, 0]  # better than its mirror image?
-        A = advantages(R, prompts, run.history, cfg.buffer_size, cfg.min_count, cfg.adv_clip)
+        settings = cfg.buffer_size, cfg.min_count, cfg.adv_clip
+        A = advantages(R, prompts, run.history, *settings, guess if cfg.value else None)
         to_come = roll.kl.sum(0) - roll.kl.cumsum(0)  # (H, B), not KL_k: it was fixed before the action
         to_come = to_come - accelerator.reduce(to_come.mean(1, keepdim=True), "mean")
-        A = A[run.mine].to(run.device) - cfg.kl * to_come  # (H, B)
+        A = A.view(len(A), -1)[run.mine].T.to(run.device) - cfg.kl * to_come  # (H, B)
 
         # 4. policy gradient
         log = update(
@@ -357,7 +376,7 @@ def train(cfg, resume=False, stop=()):
 def collect(run, prompts, index, z):
     """One process's n trajectories, in micro-batches, a namespace: c (n, L, E), x (H+1, n, C, h, w), mean and
     mean_pre (H, n, C, h, w; None without KL), log_p and kl (H, n), scores (n, 1, parts + 4) of rewards.judge,
-    diversity. With last_noise scores are (n, 2, ...): also of the pictures that the mirrored noise makes."""
+    guess (n, H), diversity. With last_noise scores are (n, 2, ...): also of what the mirrored noise makes."""
     c, z = run.embedding[index].to(run.device), z.to(run.device)
     batches = [slice(i, i + run.micro_batch) for i in range(0, len(prompts), run.micro_batch)]
     parts, scores, small = [], [], []
@@ -377,9 +396,13 @@ def collect(run, prompts, index, z):
             parts = [path_kl(run.policy, eps_pre, run.s, c[b], x[:, b], mean[:, b]) for b in batches]
         mean_pre, kl = (torch.cat(part, 1) for part in zip(*parts))
     scores = torch.cat([torch.stack([score.result() for score in pair], 1) for pair in scores])
+    guess = torch.zeros_like(log_p)
+    for k in run.s.actions.tolist() if run.cfg.value else []:
+        clean = predicted(run.cfg.method, x[k], mean[k], run.s.ab[k], run.s.ab_next[k])
+        guess[k] = torch.cat([run.reward_fn(decode(run.model.pipe, clean[b]), prompts[b]) for b in batches])
     return SimpleNamespace(
         c=c, x=x, mean=mean, mean_pre=mean_pre, log_p=log_p, kl=kl, scores=scores.to(run.device),
-        diversity=rewards.diversity(torch.cat(small), prompts),
+        guess=guess.T, diversity=rewards.diversity(torch.cat(small), prompts),
     )  # fmt: skip
 
 
@@ -408,6 +431,7 @@ class Config:
     micro_batch: int = knob(32, "pictures of one pass; changes memory, and results only by rounding")
     updates: int = knob(1, "optimizer steps of an epoch, each on its share of the pictures")
     lr: float = knob(1.2e-3, "learning rate of Adam")
+    value: bool = knob(False, "baseline for each step: the reward of the picture predicted there, decoded")
     kl: float = knob(0.0, "lambda: charge for a nat of KL to the pretrained model, in stds of the reward")
     guidance: float = knob(6.0, "guidance scale, in training as in sampling")
     lora_rank: int = knob(4, "rank of the adapter; 0: train all weights of the network")
@@ -438,7 +462,7 @@ DDPO |= dict(adv_clip=5.0, max_grad_norm=1.0)
 PRESETS = {  # (model, method): what differs from Config; real: the official codes', but steps and kl
     ("tiny", "rlcm"): {},
     ("tiny", "ddpo"): dict(steps=5, last_noise=0.0, lr=3e-3, guidance=3.0, save_every=2),
-    ("tiny", "score"): dict(steps=5, last_noise=0.0, lr=3e-3, guidance=3.0, save_every=2),
+    ("tiny", "score"): dict(steps=6, last_noise=0.0, value=True, lr=5e-3, guidance=3.0, save_every=2),
     ("real", "rlcm"): RLCM,
     ("real", "ddpo"): DDPO,
     ("real", "score"): DDPO | dict(kl=4e-4),
@@ -490,6 +514,7 @@ def check(cfg):
     for wrong, message in (
         (not 1 <= cfg.steps <= 50, f"--steps {cfg.steps}: between 1 and 50"),
         (cfg.last_noise and cfg.method != "rlcm", "--last-noise goes with --method rlcm"),
+        (cfg.last_noise and cfg.value, "--value goes with --last-noise 0: the mirror image is a baseline"),
         (cfg.lcm_lora and cfg.method != "rlcm", "--lcm-lora makes a consistency model: for --method rlcm"),
         (cfg.algo == "reinforce" and cfg.updates > 1, "--algo reinforce has no ratio: --updates must be 1"),
         (cfg.log_with and not find_spec(cfg.log_with), f"--log-with: first pip install {cfg.log_with}"),

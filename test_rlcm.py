@@ -265,7 +265,7 @@ def test_ddpo_steps_equal_ddim_with_eta_one(steps, to_one):
 def test_score_schedule_is_the_vp_sde_of_the_models_betas():
     """dX = -1/2 beta X dt + sqrt(beta) dB has ab(t) = exp(-integral): by quadrature over the betas.
 
-    std is that of the bridge from the noised picture to the picture itself (DDPM, eq. 7), 0 at the end.
+    std is that of the bridge from the noised picture to the picture itself (DDPM, eq. 7).
     """
     scheduler = DDIMScheduler.from_pretrained(HERE / "tiny" / "sd" / "scheduler")
     s = rlcm.score_schedule(scheduler, 12, "cpu")
@@ -276,16 +276,15 @@ def test_score_schedule_is_the_vp_sde_of_the_models_betas():
         points = np.linspace(1e-9, t, 20_001)
         return np.trapezoid(rate[np.ceil(points).astype(int).clip(max=999)], dx=t / 20_000) + rate[0]
 
-    for k in (0, 5, 10):
+    for k in (0, 5, 11):
         later, sooner = integral(t[k]), integral(t[k + 1])
         assert -np.log(s.ab[k].item()) == pytest.approx(later, rel=1e-3)
         assert -np.log(s.ab_next[k].item()) == pytest.approx(sooner, rel=1e-3)
         bridge = -np.expm1(-sooner) * -np.expm1(sooner - later) / -np.expm1(-later)
         assert s.std[k].item() ** 2 == pytest.approx(bridge, rel=5e-3)
-    roots = (-s.ab.double().log()).sqrt()
+    roots = (-s.ab.double().log() - rate[0]).clamp(min=0) ** (1 / 3)
     torch.testing.assert_close(roots.diff(), -roots[:1].expand(11) / 12, rtol=1e-3, atol=1e-4)
-    assert (s.t.diff() < 0).all() and s.t[0] == 999 and s.actions.tolist() == list(range(11))
-    assert s.ab_next[-1] == 1 and s.std[-1] == 0
+    assert (s.t.diff() < 0).all() and s.t[0] == 999 and s.actions.tolist() == list(range(12))
     assert torch.equal(s.ab[1:], s.ab_next[:-1])
 
 
@@ -382,15 +381,15 @@ def test_a_step_without_noise_has_log_prob_and_kl_zero_and_no_gradient():
             assert g.isfinite().all() and not g[0].any() and not g[2].any() and g[1].any()
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_log_prob_of_a_rollout_is_that_of_its_steps(method):
-    """On the embedded models' schedules, which end without noise: 0 there and not NaN."""
+@pytest.mark.parametrize("method, last_is_noisy", [("rlcm", False), ("ddpo", False), ("score", True)])
+def test_the_log_prob_of_a_rollout_is_that_of_its_steps(method, last_is_noisy):
+    """On the embedded models' schedules: rlcm's and tiny/sd's DDIM end without noise, 0 there and not NaN."""
     schedule, policy = METHODS[method]
     s, z = schedule(scheduler_of(method), 5, "cpu"), torch.randn(6, 3, 2, 4, 4)
     c = torch.randn(3, 1, 1, 1)
     x, mean, log_p = rollout(policy, wave, s, c, z)
     assert torch.equal(x[0], z[0]) and log_p.shape == (5, 3)
-    noisy = torch.tensor([True] * 4 + [False])
+    noisy = torch.tensor([True] * 4 + [last_is_noisy])
     assert torch.equal(s.std > 0, noisy)
     for k in range(5):
         density = torch.distributions.Normal(mean[k], s.std[k] if noisy[k] else 1.0).log_prob(x[k + 1])
@@ -606,6 +605,30 @@ def test_the_policy_gradient_is_unbiased_on_gaussian_data(method, algo, steps, o
     assert (estimates.mean() - exact).abs() < 3.5 * error, (estimates.mean(), exact, error)
 
 
+@pytest.mark.parametrize("method, steps", [("ddpo", 5), ("score", 5), ("rlcm", 4)])
+def test_a_value_keeps_the_gradient_and_lowers_the_error_of_its_estimate(method, steps):
+    """A_k less the line through the rewards of the predicted points: same mean, less variance."""
+    m, N = Gaussian(method, steps, 0.3), 1024
+    prompts = [str(i) for i in range(N)]  # all new: judged by the batch
+    estimates = torch.empty(2, 16).double()
+    for i in range(16):
+        for j in range(2):
+            m.theta.data.fill_(0.3)
+            x, mean, log_p = m.rollout(N, seed=i)
+            r, guess = x[-1].flatten() - 2, torch.zeros(N, steps)
+            for k in m.s.actions:
+                point = rlcm.predicted(method, x[k], mean[k], m.s.ab[k], m.s.ab_next[k])
+                guess[:, k] = point.flatten() - 2
+            A = advantages(r, prompts, {}, 9, 9, 1e9, guess if j else None).view(N, -1).T
+            m.descend(x, log_p, A * r.std(correction=0))
+            estimates[j, i] = m.theta.item() - 0.3
+    plain, value = estimates.mean(1)
+    error = estimates.std(1)
+    assert error[1] < 0.8 * error[0]
+    assert (plain - value).abs() < 3.5 * (error.square().sum() / 16).sqrt()
+    assert plain > 10 * error[0] / 4
+
+
 @pytest.mark.parametrize("method, algo, steps, options", CASES[1:])
 def test_the_kl_and_its_gradient_are_the_closed_form(method, algo, steps, options):
     """KL_k = D shift_k^2 (theta - theta_pre)^2 / (2 std_k^2).
@@ -618,7 +641,7 @@ def test_the_kl_and_its_gradient_are_the_closed_form(method, algo, steps, option
     x, mean, log_p = m.rollout(N, seed=0)
     mean_pre, kl = m.path_kl(x, mean)
     actions = m.s.actions
-    assert len(actions) == (1 if options else steps - 1)
+    assert len(actions) == (1 if options else steps - (method != "score"))
     shift2 = torch.stack([shift**2 for _, shift in m.kernels()])[actions] / m.s.std[actions].double() ** 2
     exact = torch.zeros(steps).double()
     exact[actions] = 6 * shift2 * (theta - pre) ** 2 / 2
@@ -650,21 +673,21 @@ def test_each_prompt_is_charged_its_own_kl(micro_batch):
     mean_pre, _ = m.path_kl(x, mean)
     charge = dict(mean_pre=mean_pre, kl_weight=0.5)
     m.descend(x, log_p, torch.zeros(B), c=c, micro_batch=micro_batch, **charge)
-    shift2 = torch.stack([shift**2 for _, shift in m.kernels()])[:-1] / m.s.std[:-1].double() ** 2
+    shift2 = torch.stack([shift**2 for _, shift in m.kernels()]) / m.s.std.double() ** 2
     moved = 0.5 * (theta - pre) * shift2.mean() / 3  # a third of the pictures each
     torch.testing.assert_close(theta - m.theta.detach(), moved.float(), rtol=2e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("micro_batch", [1, 5, 21])
+@pytest.mark.parametrize("micro_batch", [1, 5, 28])
 def test_each_action_is_weighed_by_its_own_advantage(micro_batch):
     """The sum of A_k grad log p(x_{k+1} | x_k) by hand, cut as the batch may be."""
     m = Gaussian("score", 4, 0.3, (1, 2, 1))
     x, mean, log_p = m.rollout(7, seed=0)
     A = torch.randn(4, 7)
     m.descend(x, log_p, A, micro_batch=micro_batch)
-    shift = torch.stack([shift for _, shift in m.kernels()])[:-1] / m.s.std[:-1].double() ** 2
-    slopes = (x[1:] - mean)[:-1].mean((2, 3, 4)) * shift[:, None]  # d log p / d theta, averaged over D
-    assert m.theta.item() - 0.3 == pytest.approx((A[:-1] * slopes).mean().item(), rel=1e-3)
+    shift = torch.stack([shift for _, shift in m.kernels()]) / m.s.std.double() ** 2
+    slopes = (x[1:] - mean).mean((2, 3, 4)) * shift[:, None]  # d log p / d theta, averaged over D
+    assert m.theta.item() - 0.3 == pytest.approx((A * slopes).mean().item(), rel=1e-3)
 
 
 def test_updates_are_steps_on_shares_of_the_pictures():
@@ -708,7 +731,7 @@ def test_the_gradient_is_clipped_and_accumulated_by_the_functions_given():
         own = dict(backward=backward, clip_grad_norm=unlimited)
         m.descend(x, log_p, A, micro_batch=8, max_grad_norm=0.1, **own)
         steps.append(m.theta.item() - 0.3)
-    assert len(seen) == 2 * 3 and steps[1] == pytest.approx(2 * steps[0], rel=1e-4)
+    assert len(seen) == 2 * 4 and steps[1] == pytest.approx(2 * steps[0], rel=1e-4)
 
 
 class LinearScore(Gaussian):
@@ -730,7 +753,7 @@ def test_score_reaches_the_tilted_gaussian():
     """
     steps, N, iterations = 48, 512, 80
     m = LinearScore(steps)
-    m.s.std, m.s.actions = (1 - m.s.ab / m.s.ab_next).sqrt(), torch.arange(steps)
+    m.s.std = (1 - m.s.ab / m.s.ab_next).sqrt()
     optimizer = torch.optim.Adam([m.a, m.b], betas=(0.9, 0.99))
     for i in range(iterations):
         optimizer.param_groups[0]["lr"] = 0.2 * (1 - i / iterations) ** 2
@@ -770,6 +793,43 @@ def test_advantages_of_rare_prompts_use_the_batch_and_are_clipped():
     expected = ((r - r.mean()) / r.std(correction=0)).clamp(-1.5, 1.5)
     torch.testing.assert_close(A, expected, atol=1e-5, rtol=0)
     assert A.max() == 1.5
+
+
+def residual(A, guess):
+    """What a line through (guess, A) leaves of A, by numpy."""
+    slope, start = np.polyfit(guess.double().numpy(), A.double().numpy(), 1)
+    return (A - slope * guess - start).float()
+
+
+def test_advantages_less_the_value_that_fits_best():
+    r, guess = torch.randn(50), torch.randn(50, 3)
+    guess[:, 1] += 2 * r + 5
+    guess[:, 2] = 7.0  # says nothing
+    A = advantages(r, ["a"] * 50, {}, 50, 50, 10.0, guess)
+    plain = advantages(r, ["a"] * 50, {}, 50, 50, 10.0)
+    for k in (0, 1):
+        torch.testing.assert_close(A[:, k], residual(plain, guess[:, k]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(A[:, 2], plain, atol=1e-4, rtol=1e-4)
+    assert A[:, 1].std() < 0.6 < A[:, 0].std()
+    prompts = ["a", "b"] * 25  # b's are better by 100: no news, in neither
+    b = torch.tensor([0.0, 100.0]).repeat(25)
+    shifted = advantages(r + b, prompts, {}, 50, 9, 10.0, guess[:, :2] + b[:, None])
+    A = advantages(r, prompts, {}, 50, 9, 10.0, guess[:, :2])
+    torch.testing.assert_close(shifted, A, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_predicted_picture_is_what_the_network_sees(method):
+    """(x - sqrt(1 - ab) eps) / sqrt(ab), of an LCM the consistency function."""
+    schedule, policy = METHODS[method]
+    s, x, k = schedule(scheduler_of(method), 6, "cpu"), torch.randn(5, 3, 4, 4), torch.arange(5)
+    mean, _ = policy(wave, x, k, 0.0, s)
+    ab = at(s.ab, k)
+    clean = (x - (1 - ab).sqrt() * wave(x, s.t[k], 0.0)) / ab.sqrt()
+    if method == "rlcm":
+        clean = at(s.c_out, k) * clean + at(s.c_skip, k) * x
+    ours = rlcm.predicted(method, x, mean, ab, at(s.ab_next, k))
+    torch.testing.assert_close(ours, clean, atol=2e-3, rtol=2e-3)
 
 
 # ----------------------------------------------------------------------------------------- the file as a file
@@ -1727,12 +1787,16 @@ class Spy:
         monkeypatch.setattr(rlcm, name, spy)
 
 
-@pytest.mark.parametrize("method, last_noise", [("rlcm", 0.0), ("rlcm", 0.6), ("ddpo", 0.0), ("score", 0.0)])
-def test_an_epoch_from_rewards_to_advantages(method, last_noise, mini, mini_sd, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method, last_noise, value", [
+    ("rlcm", 0.0, False), ("rlcm", 0.6, False), ("rlcm", 0.0, True), ("ddpo", 0.0, False),
+    ("score", 0.0, True),
+])  # fmt: skip
+def test_an_epoch_from_rewards_to_advantages(method, last_noise, value, mini, mini_sd, tmp_path, monkeypatch):
     """The last of three by hand: A_k = (r - mean) / std - lambda (KL_{k+1} + KL_{k+2} + ...), those centred.
 
-    With a last noise r is half the lead over the mirror image. The reward, a sum, sees the decoded last
-    latents; metrics.csv has its statistics, its parts and the pictures'.
+    With a last noise r is half the lead over the mirror image, with a value what no line through the rewards
+    of the pictures predicted at x_k explains. The reward, a sum, sees the decoded last latents; metrics.csv
+    has its statistics, its parts and the pictures'.
     """
     red = "def red(images, prompts):\n    return (1e5 * images[:, 0].mean((1, 2))).int()\n"
     (tmp_path / "mine.py").write_text(red)
@@ -1742,7 +1806,8 @@ def test_an_epoch_from_rewards_to_advantages(method, last_noise, mini, mini_sd, 
     cfg = Config(
         **MINI, reward=",".join(names), model=mini if method == "rlcm" else mini_sd, method=method, steps=3,
         prompts=f"{tmp_path}/two.txt", last_noise=last_noise, epochs=3, batch_size=8, micro_batch=5, lr=0.02,
-        kl=0.5, buffer_size=99, min_count=99, adv_clip=99.0, save_every=100, out=str(tmp_path / "run"),
+        value=value, kl=0.5, buffer_size=99, min_count=99, adv_clip=99.0, save_every=100,
+        out=str(tmp_path / "run"),
     )  # fmt: skip
     rlcm.train(cfg)
     model, given, prompts = rlcm.load_model(cfg), updates.calls[-1], collected.calls[-1]["prompts"]
@@ -1761,8 +1826,16 @@ def test_an_epoch_from_rewards_to_advantages(method, last_noise, mini, mini_sd, 
     assert to_come[0].std() > 0.004 and not to_come[-1].any()
     noise = torch.cat([call["x"][0] for call in updates.calls])
     assert len(noise.unique(dim=0)) == 24  # of its own for each picture of each epoch
-    A = (r - r.mean()) / r.std(correction=0) - 0.5 * (to_come - to_come.mean(1, keepdim=True))
-    torch.testing.assert_close(given["A"].expand(3, 8), A, rtol=1e-3, atol=2e-3)
+    A = (r - r.mean()).expand(3, 8).clone()
+    for k in given["s"].actions.tolist() if value else ():
+        clean = rlcm.predicted(method, x[k], mean[k], given["s"].ab[k], given["s"].ab_next[k])
+        picture = rlcm.decode(model.pipe, clean)
+        guess = 2 * (1e5 * picture[:, 0].mean((1, 2))).int() - 1e3 * rewards.jpeg_kilobytes(picture)
+        assert (A[k].std() > 1.01 * residual(A[k], guess).std()) and not torch.equal(guess, r)
+        A[k] = residual(A[k], guess)
+    A = A / r.std(correction=0) - 0.5 * (to_come - to_come.mean(1, keepdim=True))
+    actions = given["s"].actions
+    torch.testing.assert_close(given["A"].expand(3, 8)[actions], A[actions], rtol=1e-3, atol=5e-3)
     assert given["kl_weight"] == 0.5
     scored, looks = torch.cat(scores), rewards.picture_statistics(torch.cat(images))
     row = {name: float(value or "nan") for name, value in metrics(tmp_path / "run")[-1].items()}
@@ -2421,7 +2494,7 @@ def test_ctrl_c_saves_and_resumes(spawn, mini, tmp_path):
     code, said = child.wait(), child.said()
     assert code == 130, said
     done = len(values(parts))
-    assert 1 <= done < 20 and f"stopped, before 20 epochs; to go on: python rlcm.py --resume {parts}\n" in said
+    assert 1 <= done < 20 and f"stopped, before 20 epochs; to go on: python rlcm.py --resume {parts}" in said
     assert (parts / "samples" / f"epoch-{done:04d}.png").exists() and metrics(parts)[-1]["likeness"]
     lora = load_file(parts / "pytorch_lora_weights.safetensors").values()  # of the checkpoint's epoch
     trained = rlcm.load_checkpoint(parts)["trained"].values()

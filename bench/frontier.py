@@ -11,9 +11,10 @@ below one half. Ways, each also with -kl, lambda = 0.01:
 
 last     rlcm's default: noise on the clean latent is the only action, judged against its mirror image
 all      rlcm with the papers' actions, the noises between evaluations
+all-value  the same with --value
 clip     rlcm's default with tiny/clip's score added to the reward, compress:1,clip:1 (table: compress alone)
-ddpo     DDPO in 5 steps
-score    Scores as Actions in 5 steps
+ddpo     DDPO in 5 steps; ddpo-value: with --value
+score    Scores as Actions in 6 steps, its default is with --value; score-plain: without
 strength the LoRA at the end of `last`, scaled by 0.2 to 1 when drawing
 blur     no training: the base model's pictures blurred (sigma 0.7, 1, 2, 3 pixels)
 vae      the same, then through the VAE: what the decoder can draw
@@ -42,11 +43,14 @@ from tiny import make_tiny
 
 WAYS = {  # settings, epochs at which to judge
     "last": (dict(), (*range(3, 34, 3), 40, 50, 60)),
+    "clip": (dict(reward="compress:1,clip:1"), range(6, 61, 3)),
     "all": (dict(last_noise=0.0), range(6, 61, 3)),
+    "all-value": (dict(last_noise=0.0, value=True), range(6, 61, 3)),
     "ddpo": (dict(method="ddpo"), range(6, 41, 2)),
-    "score": (dict(method="score"), range(6, 41, 2)),
+    "ddpo-value": (dict(method="ddpo", value=True), range(4, 41, 2)),
+    "score": (dict(method="score"), range(4, 41, 2)),
+    "score-plain": (dict(method="score", value=False), range(4, 41, 2)),
 }
-WAYS |= {"clip": (dict(reward="compress:1,clip:1"), range(6, 61, 3))}
 WAYS |= {f"{way}-kl": (settings | dict(kl=0.01), epochs) for way, (settings, epochs) in WAYS.items()}
 COLUMNS = "accuracy", "animals", "retrieval", "blank", "kB", "reward"
 
