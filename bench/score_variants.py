@@ -4,23 +4,22 @@
     python bench/score_variants.py                # trains the ways below, seeds 0 1 2, and prints their table
     python bench/score_variants.py --ways base mc --seeds 0 --reward clip --steps 6 --lr 0.005
     python bench/score_variants.py --table        # the table of the runs that are there
-    python bench/score_variants.py --steps 6 --halved --ways line ddpo-line   # tuned in 6, drawn in 3, 6, 12
+    python bench/score_variants.py --steps 6 --halved --ways line ddpo   # tuned in 6, drawn in 3, 6, 12
 
 A way is trained by rlcm.train, some functions replaced: tiny's preset for the method (--steps, --lr: other
 settings), no KL, 20 epochs at most. From epoch 4 every second epoch is judged by the 200 fixed captions of
 bench/recognise.py; an accuracy below 0.9 ends the run. Judgements go to OUT/WAY-REWARD-SEED/variants.csv, the
 LoRAs beside it. 2 to 4 minutes a run on one core; a complete run is not run again. Ways:
 
-base        rlcm.py: advantage = the reward, standardised by prompt
+base        rlcm.py without --value: advantage = the reward, standardised by prompt
+line        rlcm.py with --value: less V_k = a_k + b_k r, the least squares of this rollout's rewards
 euler       the kernel of before: Euler-Maruyama, mean x + std^2 (x / 2 + a), std^2 = the integral of beta
 mc          advantage = the standardised reward less V(t_k, x_k)
 td          advantage = V(t_{k+1}, x_{k+1}) - V(t_k, x_k), with V = the standardised reward at the end
 mc-dt       mc, td with the martingale loss sum_k (R - V_k)^2 weighted by the length of the step in t, as the
 td-dt       integral over time would be; else uniform in k, as in the authors' code
 td-std      td, then standardised over the batch for each k, as in the authors' code
-line        mc without a network to fit: V_k = a_k + b_k r, the least squares of this rollout's rewards
 ddpo        --method ddpo
-ddpo-line   the same with the V of line
 
 V = cos(pi t / 2T) r(clean picture that the network predicts at x, c) + sin(pi t / 2T) F(t, x, c), as in
 github.com/hanyang1999/ContTimeRL4DM, all in rewards standardised by prompt; r costs a decode and a reward a
@@ -51,7 +50,7 @@ from bench.frontier import crossing
 from bench.recognise import measure
 from tiny import make_tiny
 
-WAYS = "base", "euler", "mc", "td", "mc-dt", "td-dt", "td-std", "line", "ddpo", "ddpo-line"
+WAYS = "base", "line", "mc", "td", "mc-dt", "td-dt", "td-std", "euler", "ddpo"
 COLUMNS = "accuracy", "animals", "retrieval", "blank", "kB", "reward"
 EPOCHS, FIRST, STOP, WARM_UP = 20, 4, 0.9, 4
 
@@ -79,7 +78,7 @@ def wide_schedule(scheduler, H, device):
 
 KERNELS = {
     "Euler-Maruyama": (euler_schedule, euler_policy),
-    "exact mean, std^2 = 1 - r": (wide_schedule, rlcm.score_policy),
+    "exact mean, std^2 = 1 - rho": (wide_schedule, rlcm.score_policy),
     "exact mean, eta = 1 (rlcm.py)": (rlcm.score_schedule, rlcm.score_policy),
 }
 
@@ -167,30 +166,24 @@ class Critic:
             self.advantages(R, prompts, history, cfg.buffer_size, cfg.min_count, cfg.adv_clip)
 
     def collect(self, run, prompts, index, z):
-        if self.value is None and not self.way.endswith("line"):
+        if self.value is None:
             self.start(run)
         roll = self.rlcm_collect(run, prompts, index, z)
         self.s, self.roll, self.frozen = run.s, roll, frozen_rewards(run, roll, prompts)
         return roll
 
-    def advantages(self, R, prompts, history, size, min_count, clip):
-        """-> A (H, B), of which rlcm.train then takes its share: all, in one process."""
+    def advantages(self, R, prompts, history, size, min_count, clip, guess=None):
+        """-> A (B, H), of which rlcm.train then takes its share: all, in one process."""
         A = self.rlcm_advantages(R, prompts, history, size, min_count, clip)
         mean, std = scales(R, prompts, history, size, min_count)
         assert torch.allclose(A, ((R - mean) / std).clamp(-clip, clip).float(), atol=1e-4)
         r = ((self.frozen - mean) / std).float()  # (H, B)
-        V = self.line(r, A) if self.way.endswith("line") else self.network(r, A)
+        V = self.network(r, A)
         self.explained.append((1 - (A - V).square().mean(1) / A.var()).tolist())
         A = torch.cat([V[1:], A[None]]) - V if self.way.startswith("td") else A - V
         if self.way == "td-std":
             A = (A - A.mean(1, keepdim=True)) / (A.std(1, keepdim=True) + 1e-8)
-        return A.clamp(-clip, clip)
-
-    def line(self, r, R):
-        """-> V (H, B)."""
-        r = r - r.mean(1, keepdim=True)
-        b = (r * R).sum(1, keepdim=True) / r.square().sum(1, keepdim=True).clamp(min=1e-6)
-        return R.mean() + b * r
+        return A.clamp(-clip, clip).T
 
     def network(self, r, R):
         """-> V (H, B), before it is fitted to these."""
@@ -219,7 +212,7 @@ class Critic:
 def train(way, reward, seed, out, data, **given):
     """A run that is judged on the way; variants.csv appears when it is complete."""
     captions, record, rows, judging = make_tiny.fixed_captions(data[1]), rlcm.record, [], [0.0]
-    critic = None if way in ("base", "euler", "ddpo") else Critic(way)
+    critic = Critic(way) if way[:2] in ("mc", "td") else None
 
     def judged(run, epoch, scores, kl, log, halt):
         if epoch >= FIRST and epoch % 2 == 0:
@@ -238,7 +231,7 @@ def train(way, reward, seed, out, data, **given):
         return record(run, epoch, scores, kl, log, halt)
 
     method = "ddpo" if way.startswith("ddpo") else "score"
-    settings = dict(kl=0.0, epochs=EPOCHS, min_likeness=0.0, save_every=1000, out=str(out), **given)
+    settings = dict(epochs=EPOCHS, min_likeness=0.0, save_every=1000, out=str(out), value=way == "line", **given)
     cfg = rlcm.configure(model="tiny", method=method, reward=reward, seed=seed, **settings)
     with ExitStack() as stack:
         stack.enter_context(patch.object(rlcm, "record", judged))
