@@ -231,7 +231,8 @@ def train(way, reward, seed, out, data, **given):
         return record(run, epoch, scores, kl, log, halt)
 
     method = "ddpo" if way.startswith("ddpo") else "score"
-    settings = dict(epochs=EPOCHS, min_likeness=0.0, save_every=1000, out=str(out), value=way == "line", **given)
+    settings = dict(epochs=EPOCHS, min_likeness=0.0, save_every=1000, out=str(out), value=way == "line")
+    settings |= given
     cfg = rlcm.configure(model="tiny", method=method, reward=reward, seed=seed, **settings)
     with ExitStack() as stack:
         stack.enter_context(patch.object(rlcm, "record", judged))
