@@ -21,10 +21,11 @@ A Markov decision process: state (x_k, t_k, c), action x_{k+1}, reward r at the 
     KL_k     = |mean_theta - mean_pre|^2 / (2 std_k^2)                    gaussian_kl
     grad J   = E[ sum_k A_k grad log p(x_{k+1} | x_k, c) ]                log_prob, policy_loss
                - lambda E[ sum_k grad KL_k ]                              update
-    A_k      = (r - mean r) / std r by prompt - lambda sum_{j>k} KL_j     advantages, train
+    A_k      = (r - mean r) / std r - V(x_k) - lambda sum_{j>k} KL_j      advantages, train
 
-Here r is in standard deviations of its prompt's rewards, and sums run over the steps that add noise and are
-trained. `rollout` samples from a policy, `update` scores the samples with the same policy: no drift apart.
+In J, too, r is in standard deviations of its prompt's rewards. V is 0 or, with --value, the reward foreseen in
+x_k. Sums run over the steps that add noise and are trained. `rollout` samples from a policy, `update` scores
+the samples with the same policy: they cannot drift apart.
 
 GLOSSARY      shape           meaning, symbol in the papers
     B, H, D                   pictures in a batch; steps: evaluations of the network; latent dimensions C*h*w
@@ -60,8 +61,8 @@ DIFFERS FROM THE DDPO CODE (github.com/kvablack/ddpo-pytorch)
     are shuffled). A step with std = 0, the last one of tiny/sd, is no action (SD's last std is 0.02).
 DIFFERS FROM THE SCORES AS ACTIONS CODE (github.com/hanyang1999/ContTimeRL4DM)
     Any reward and number of steps (there ImageReward, 50). Real times (there DDIM's), the kernel is theirs.
-    Advantage: return to go, standardised by prompt, without a value function (there V(t_{k+1}) - V(t_k), with
-    the frozen reward of the predicted picture inside V; docs/results.md compares).
+    Advantage: reward, standardised by prompt, less V(x_k), the reward of the predicted picture in a scale by
+    least squares (there V(t_{k+1}) - V(t_k), where V adds a trained network to it: docs/results.md).
 KEPT: log-prob averaged over D, advantages by prompt, clip range near 1e-4, one pass over the data.
 """
 import copy
@@ -431,7 +432,7 @@ class Config:
     micro_batch: int = knob(32, "pictures of one pass; changes memory, and results only by rounding")
     updates: int = knob(1, "optimizer steps of an epoch, each on its share of the pictures")
     lr: float = knob(1.2e-3, "learning rate of Adam")
-    value: bool = knob(False, "baseline for each step: the reward of the picture predicted there, decoded")
+    value: bool = knob(False, "V(x_k): the reward of the picture predicted at each step, one more decode")
     kl: float = knob(0.0, "lambda: charge for a nat of KL to the pretrained model, in stds of the reward")
     guidance: float = knob(6.0, "guidance scale, in training as in sampling")
     lora_rank: int = knob(4, "rank of the adapter; 0: train all weights of the network")
