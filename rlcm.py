@@ -23,8 +23,8 @@ A Markov decision process: state (x_k, t_k, c), action x_{k+1}, reward r at the 
                - lambda E[ sum_k grad KL_k ]                              update
     A_k      = (r - mean r) / std r - V(x_k) - lambda sum_{j>k} KL_j      advantages, train
 
-In J, too, r is in standard deviations of its prompt's rewards. V is 0 or, with --value, the reward foreseen in
-x_k. Sums run over the steps that add noise and are trained. `rollout` samples from a policy, `update` scores
+In J, too, r is in standard deviations of its prompt's rewards. V is 0, or with --value the reward foreseen
+in x_k. Sums run over the steps that add noise and are trained. `rollout` samples from a policy, `update` scores
 the samples with the same policy: they cannot drift apart.
 
 GLOSSARY      shape           meaning, symbol in the papers
@@ -347,7 +347,7 @@ def train(cfg, resume=False, stop=()):
         # 2. trajectories x_0 .. x_H, the rewards of their pictures, their KL to the pretrained model
         roll = collect(run, prompts[run.mine], index[run.mine], z[:, run.mine])
 
-        # 3. advantages: rewards standardised by prompt over all processes; less lambda times the KL to come
+        # 3. advantages: rewards standardised by prompt over all processes, less V and lambda times KL to come
         halt = torch.full_like(roll.kl[0], bool(stop))
         gathered = accelerator.gather((roll.scores, roll.kl.sum(0), roll.guess, halt))
         scores, kl, guess, halt = (v.cpu() for v in gathered)
