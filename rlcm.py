@@ -24,8 +24,8 @@ A Markov decision process: state (x_k, t_k, c), action x_{k+1}, reward r at the 
     A_k      = (r - mean r) / std r - V(x_k) - lambda sum_{j>k} KL_j      advantages, train
 
 In J, too, r is in standard deviations of its prompt's rewards. V is 0, or with --value the reward foreseen
-in x_k. Sums run over the steps that add noise and are trained. `rollout` samples from a policy, `update` scores
-the samples with the same policy: they cannot drift apart.
+in x_k. Sums run over the steps that add noise and are trained. `rollout` samples from a policy and `update`
+scores the samples with the same policy: they cannot drift apart.
 
 GLOSSARY      shape           meaning, symbol in the papers
     B, H, D                   pictures in a batch; steps: evaluations of the network; latent dimensions C*h*w
