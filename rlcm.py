@@ -460,10 +460,11 @@ BOTH |= dict(min_likeness=0.0)
 RLCM = BOTH | dict(epochs=1000, batch_size=16, lr=1e-4, guidance=8.0, lora_rank=16, lora_alpha=32, kl=4e-4)
 DDPO = BOTH | dict(steps=50, epochs=100, batch_size=256, updates=4, lr=3e-4, guidance=5.0)
 DDPO |= dict(adv_clip=5.0, max_grad_norm=1.0)
+TINY_SD = dict(last_noise=0.0, guidance=3.0, save_every=2, min_likeness=0.9)
 PRESETS = {  # (model, method): what differs from Config; real: the official codes', but steps and kl
     ("tiny", "rlcm"): {},
-    ("tiny", "ddpo"): dict(steps=5, last_noise=0.0, lr=3e-3, guidance=3.0, save_every=2),
-    ("tiny", "score"): dict(steps=6, last_noise=0.0, value=True, lr=5e-3, guidance=3.0, save_every=2),
+    ("tiny", "ddpo"): TINY_SD | dict(steps=5, lr=3e-3),
+    ("tiny", "score"): TINY_SD | dict(steps=6, lr=5e-3, value=True),
     ("real", "rlcm"): RLCM,
     ("real", "ddpo"): DDPO,
     ("real", "score"): DDPO | dict(kl=4e-4),
