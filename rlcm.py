@@ -1000,7 +1000,7 @@ def sample(cfg, prompts, run=None, strengths=(1.0,)):
             if cfg.lora_rank:
                 model.pipe.set_adapters(model.pipe.get_active_adapters(), strength)
             images.append(draw(model, cfg, prompts))
-            captions += [f"tuned{'' if strength == 1 else f' x {strength:g}'}: {p}" for p in prompts]
+            captions += [f"{'tuned' if strength == 1 else f'x {strength:g}'}: {p}" for p in prompts]
     sample_grid(torch.cat(images), captions, path, columns=len(prompts))
     say(f"wrote {path}")
     return path
