@@ -337,7 +337,7 @@ def train(cfg, resume=False, stop=()):
     """Fine-tune as `cfg` says, or until the epoch in which `stop` becomes true -> folder. Raises BadInput."""
     run = start(cfg, resume)
     s, accelerator = run.s, run.accelerator
-    for epoch in run.bar:
+    for epoch in run.epochs:
         # 1. prompts and noise: functions of seed and epoch, so that a resumed run repeats them
         g = torch.Generator().manual_seed((cfg.seed + 1) * 1_000_003 + epoch)
         index = torch.randint(len(run.prompts), (cfg.batch_size,), generator=g)
@@ -795,8 +795,8 @@ def start(cfg, resume=False):
         for name, part in run.saved.items():
             part.load_state_dict(state[name])
         run.began -= rows[-1]["seconds"]
-    epochs = dict(iterable=range(done + 1, cfg.epochs + 1), initial=done, total=cfg.epochs, unit="epoch")
-    run.bar = tqdm(**epochs, disable=not accelerator.is_main_process, dynamic_ncols=True)
+    run.epochs, bar = range(done + 1, cfg.epochs + 1), dict(initial=done, total=cfg.epochs, unit="epoch")
+    run.bar = tqdm(**bar, disable=not accelerator.is_main_process, dynamic_ncols=True)
     return run
 
 
@@ -831,6 +831,7 @@ def record(run, epoch, scores, kl, log, halt):
     if not accelerator.is_main_process:
         return halt
     run.bar.set_postfix(reward=f"{row['reward_mean']:.3f}", start=f"{run.rows[0]['reward_mean']:.3f}")
+    run.bar.update()
     alarm = rewards.moved_far(row, run.rows[0])
     if alarm and not run.warned:
         run.bar.write(f"warning, epoch {epoch}: {alarm}; look at {run.out}/samples")
@@ -867,7 +868,6 @@ def reward_of(run, images, prompts):
 def finish(run):
     """Say what was reached, where everything is and how to use it -> the run's folder."""
     cfg, first, last, out = run.cfg, run.rows[0], run.rows[-1], run.out
-    run.bar.update(last["epoch"] - run.bar.n)
     run.bar.close()
     run.accelerator.end_training()
     if not run.accelerator.is_main_process:
