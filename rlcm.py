@@ -337,39 +337,40 @@ def train(cfg, resume=False, stop=()):
     """Fine-tune as `cfg` says, or until the epoch in which `stop` becomes true -> folder. Raises BadInput."""
     run = start(cfg, resume)
     s, accelerator = run.s, run.accelerator
-    for epoch in run.epochs:
-        # 1. prompts and noise: functions of seed and epoch, so that a resumed run repeats them
-        g = torch.Generator().manual_seed((cfg.seed + 1) * 1_000_003 + epoch)
-        index = torch.randint(len(run.prompts), (cfg.batch_size,), generator=g)
-        z = torch.randn(len(s.std) + 1, cfg.batch_size, *run.model.shape, generator=g)
-        prompts = [run.prompts[i] for i in index]
+    with run.bar:
+        for epoch in run.epochs:
+            # 1. prompts and noise: functions of seed and epoch, so that a resumed run repeats them
+            g = torch.Generator().manual_seed((cfg.seed + 1) * 1_000_003 + epoch)
+            index = torch.randint(len(run.prompts), (cfg.batch_size,), generator=g)
+            z = torch.randn(len(s.std) + 1, cfg.batch_size, *run.model.shape, generator=g)
+            prompts = [run.prompts[i] for i in index]
 
-        # 2. trajectories x_0 .. x_H, the rewards of their pictures, their KL to the pretrained model
-        roll = collect(run, prompts[run.mine], index[run.mine], z[:, run.mine])
+            # 2. trajectories x_0 .. x_H, the rewards of their pictures, their KL to the pretrained model
+            roll = collect(run, prompts[run.mine], index[run.mine], z[:, run.mine])
 
-        # 3. advantages: rewards standardised by prompt over all processes, less V and lambda times KL to come
-        halt = torch.full_like(roll.kl[0], bool(stop))
-        gathered = accelerator.gather((roll.scores, roll.kl.sum(0), roll.guess, halt))
-        scores, kl, guess, halt = (v.cpu() for v in gathered)
-        R = scores[..., : len(run.reward_fn.names)].sum(2)  # (B, 1 or 2)
-        R = (R[:, 0] - R[:, 1]) / 2 if cfg.last_noise else R[:, 0]  # better than its mirror image?
-        settings = cfg.buffer_size, cfg.min_count, cfg.adv_clip
-        A = advantages(R, prompts, run.history, *settings, guess if cfg.value else None)
-        to_come = roll.kl.sum(0) - roll.kl.cumsum(0)  # (H, B), not KL_k: it was fixed before the action
-        to_come = to_come - accelerator.reduce(to_come.mean(1, keepdim=True), "mean")
-        A = A.view(len(A), -1)[run.mine].T.to(run.device) - cfg.kl * to_come  # (H, B)
+            # 3. advantages: rewards standardised by prompt over all processes, less V and lambda KL to come
+            halt = torch.full_like(roll.kl[0], bool(stop))
+            gathered = accelerator.gather((roll.scores, roll.kl.sum(0), roll.guess, halt))
+            scores, kl, guess, halt = (v.cpu() for v in gathered)
+            R = scores[..., : len(run.reward_fn.names)].sum(2)  # (B, 1 or 2)
+            R = (R[:, 0] - R[:, 1]) / 2 if cfg.last_noise else R[:, 0]  # better than its mirror image?
+            settings = cfg.buffer_size, cfg.min_count, cfg.adv_clip
+            A = advantages(R, prompts, run.history, *settings, guess if cfg.value else None)
+            to_come = roll.kl.sum(0) - roll.kl.cumsum(0)  # (H, B), not KL_k: it was fixed before the action
+            to_come = to_come - accelerator.reduce(to_come.mean(1, keepdim=True), "mean")
+            A = A.view(len(A), -1)[run.mine].T.to(run.device) - cfg.kl * to_come  # (H, B)
 
-        # 4. policy gradient
-        log = update(
-            run.policy, run.model.eps, s, roll.c, roll.x, roll.log_p, A, run.optimizer, run.micro_batch,
-            cfg.algo, cfg.clip_range, cfg.updates, cfg.max_grad_norm, roll.mean_pre, cfg.kl,
-            backward=accelerator.backward, clip_grad_norm=accelerator.clip_grad_norm_,
-        )  # fmt: skip
+            # 4. policy gradient
+            log = update(
+                run.policy, run.model.eps, s, roll.c, roll.x, roll.log_p, A, run.optimizer, run.micro_batch,
+                cfg.algo, cfg.clip_range, cfg.updates, cfg.max_grad_norm, roll.mean_pre, cfg.kl,
+                backward=accelerator.backward, clip_grad_norm=accelerator.clip_grad_norm_,
+            )  # fmt: skip
 
-        # 5. metrics; from time to time pictures, the LoRA and a checkpoint
-        over = record(run, epoch, scores, kl, log | {"diversity": roll.diversity}, bool(halt.any()))
-        if accelerator.gather(torch.tensor([over], device=run.device)).any():
-            break
+            # 5. metrics; from time to time pictures, the LoRA and a checkpoint
+            over = record(run, epoch, scores, kl, log | {"diversity": roll.diversity}, bool(halt.any()))
+            if accelerator.gather(torch.tensor([over], device=run.device)).any():
+                break
     return finish(run)
 
 
@@ -868,7 +869,6 @@ def reward_of(run, images, prompts):
 def finish(run):
     """Say what was reached, where everything is and how to use it -> the run's folder."""
     cfg, first, last, out = run.cfg, run.rows[0], run.rows[-1], run.out
-    run.bar.close()
     run.accelerator.end_training()
     if not run.accelerator.is_main_process:
         return out
