@@ -882,7 +882,8 @@ def finish(run):
         say(f"{why}, before {cfg.epochs} epochs; to go on: python rlcm.py --resume {out}{lower}")
     say(f"pictures: {out}/samples, curve: {out}/reward.png")
     if cfg.lora_rank:
-        say(f'the LoRA: pipe.load_lora_weights("{out}"); to draw with some of it and all of it:')
+        size = f"height={cfg.pixels}, width={cfg.pixels}"
+        say(f'the LoRA: pipe.load_lora_weights("{out}"), drawn with {size}; some of it and all of it:')
         say(f'python rlcm.py --sample "a cat" "a dog" --load {out} --strength 0.5 1')
     else:
         say(f'the network: {out}/unet; to draw: python rlcm.py --sample "a cat" "a dog" --load {out}')
