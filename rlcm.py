@@ -251,10 +251,10 @@ def path_kl(policy, eps_pre, s, c, x, mean):
 def predicted(method, x, mean, ab, ab_next):
     """The clean latents that the network saw in x when it gave that mean, all (B, C, h, w)."""
     if method == "rlcm":
-        return mean / ab_next.sqrt()
+        return mean / ab_next.sqrt()  # f_theta
     rho = ab / ab_next
-    a = (mean * rho.sqrt() - x) / (1 - rho)  # the score
-    return (x + (1 - ab) * a) / ab.sqrt()
+    a = (mean * rho.sqrt() - x) / (1 - rho)  # the score, from the mean of score_policy, which is ddpo's too
+    return (x + (1 - ab) * a) / ab.sqrt()  # Tweedie's formula
 
 
 def advantages(R, prompts, history, size, min_count, clip, guess=None):
@@ -274,10 +274,10 @@ def advantages(R, prompts, history, size, min_count, clip, guess=None):
         seen = torch.tensor(history[prompt], dtype=torch.double) if enough else R
         mean[i], std[i] = seen.mean(), seen.std(correction=0) + 1e-6
     A = (R - mean) / std
-    if guess is not None:
+    if guess is not None:  # V(x_k) = a_k + b_k guess_k, by least squares over the batch
         A, V = (A - A.mean())[:, None], (guess - mean[:, None]) / std[:, None]
         V = V - V.mean(0)
-        A = A - V * (A * V).sum(0) / (V**2).sum(0).clamp(min=1e-6)
+        A = A - V * (A * V).sum(0) / (V**2).sum(0).clamp(min=1e-6)  # (B, H)
     return A.clamp(-clip, clip).float()
 
 
@@ -817,7 +817,7 @@ def record(run, epoch, scores, kl, log, halt):
     row = {
         "epoch": epoch,
         "seconds": round(time.time() - run.began, 3),  # since the start
-        "reward_queries": epoch * r.numel(),  # pictures scored so far
+        "reward_queries": epoch * (r.numel() + cfg.value * len(kl) * len(run.s.actions)),  # pictures scored
         "reward_mean": r.mean().item(),  # of the epoch's pictures, with last_noise, before the KL is charged
         "reward_std": r.std(correction=0).item(),
         "reward_min": r.min().item(),

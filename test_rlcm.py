@@ -1841,7 +1841,7 @@ def test_an_epoch_from_rewards_to_advantages(method, last_noise, value, mini, mi
     row = {name: float(value or "nan") for name, value in metrics(tmp_path / "run")[-1].items()}
     pairs = [(i, j) for i in range(8) for j in range(i) if prompts[i] == prompts[j]]
     expected = {
-        "reward_queries": 3 * len(scored), "reward_mean": scored.mean(),
+        "reward_queries": 3 * (len(scored) + value * 8 * len(actions)), "reward_mean": scored.mean(),
         "reward_std": scored.std(correction=0), "reward_min": scored.min(), "reward_max": scored.max(),
         "path_kl": path.sum(0).mean(), names[0]: torch.cat(reds).mean(), names[1]: torch.cat(sizes).mean(),
         **{name: looks[name].mean() for name in ("blank", "dark", "edges", "colours")},
@@ -2676,7 +2676,7 @@ CARD_RUNS = [  # method, precision and what else is different
     ("ddpo", "bf16", {"updates": 2, "guidance": 3.0}),
     ("ddpo", "fp16", {"lora_rank": 0}),
     ("score", "fp32", {"lora_rank": 0}),
-    ("score", "bf16", {"updates": 2, "batch_size": 8}),
+    ("score", "bf16", {"updates": 2, "batch_size": 8, "value": True}),
     ("score", "fp16", {"kl": 0.0}),
 ]
 
