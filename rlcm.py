@@ -883,8 +883,8 @@ def finish(run):
     say(f"pictures: {out}/samples, curve: {out}/reward.png")
     if cfg.lora_rank:
         size = f"height={cfg.pixels}, width={cfg.pixels}"
-        say(f'the LoRA: pipe.load_lora_weights("{out}"), drawn with {size}; some of it and all of it:')
-        say(f'python rlcm.py --sample "a cat" "a dog" --load {out} --strength 0.5 1')
+        say(f'the LoRA: pipe.load_lora_weights("{out}"), then pipe(..., {size})')
+        say(f'to look: python rlcm.py --sample "a cat" "a dog" --load {out} --strength 0.5 1')
     else:
         say(f'the network: {out}/unet; to draw: python rlcm.py --sample "a cat" "a dog" --load {out}')
     return out
