@@ -10,10 +10,12 @@ runs/frontier/WAY-SEED/frontier.csv; a run that is complete is not run again. A 
 below one half. Ways, each also with -kl, lambda = 0.01:
 
 last     rlcm's default: noise on the clean latent is the only action, judged against its mirror image
+last-8   the same in 8 steps
 all      rlcm with the papers' actions, the noises between evaluations
 all-value  the same with --value
 clip     rlcm's default with tiny/clip's score added to the reward, compress:1,clip:1 (table: compress alone)
-ddpo     DDPO in 5 steps; ddpo-value: with --value
+ddpo     DDPO in 5 steps; ddpo-value: with --value; ddpo-50: in 50 steps, guidance 5, as in the
+         papers, half an hour a seed
 score    Scores as Actions in 6 steps, its default is with --value; score-plain: without
 strength the LoRA at the end of `last`, scaled by 0.2 to 1 when drawing
 blur     no training: the base model's pictures blurred (sigma 0.7, 1, 2, 3 pixels)
@@ -43,11 +45,13 @@ from tiny import make_tiny
 
 WAYS = {  # settings, epochs at which to judge
     "last": (dict(), (*range(3, 34, 3), 40, 50, 60)),
+    "last-8": (dict(steps=8), (*range(12, 34, 3), 40, 50)),
     "clip": (dict(reward="compress:1,clip:1"), range(6, 61, 3)),
     "all": (dict(last_noise=0.0), range(6, 61, 3)),
     "all-value": (dict(last_noise=0.0, value=True), range(6, 61, 3)),
     "ddpo": (dict(method="ddpo"), range(6, 41, 2)),
     "ddpo-value": (dict(method="ddpo", value=True), range(4, 41, 2)),
+    "ddpo-50": (dict(method="ddpo", steps=50, guidance=5.0), range(8, 25, 4)),
     "score": (dict(method="score"), range(4, 41, 2)),
     "score-plain": (dict(method="score", value=False), range(4, 41, 2)),
 }
@@ -111,16 +115,15 @@ def blurred(images, sigma):
 
 @torch.no_grad()
 def processed(data):
-    """The base model's pictures without any training -> {way: rows}, one for each strength."""
+    """The base model's pictures without any training -> a row for each way and its strength."""
     cfg = rlcm.configure(model="tiny")
     model, captions = rlcm.load_model(cfg), make_tiny.fixed_captions(data[1])
-    base, vae, rows = rlcm.draw(model, cfg, captions), model.pipe.vae, {}
+    base, vae, rows = rlcm.draw(model, cfg, captions), model.pipe.vae, []
 
     def judge(way, images):
-        row = {"accuracy": make_tiny.nearest_accuracy(images, captions, *data)}
+        row = {"way": way, "accuracy": make_tiny.nearest_accuracy(images, captions, *data)}
         row["retrieval"] = make_tiny.retrieval(images, captions, data[1])
-        row["reward"] = float(rewards.compress(images, captions).mean())
-        rows.setdefault(way, []).append(row)
+        rows.append(row | {"reward": float(rewards.compress(images, captions).mean())})
 
     for way in ("blur", "vae", "fade"):
         judge(way, base)
@@ -132,6 +135,12 @@ def processed(data):
     for share in (0.2, 0.4, 0.6):
         judge("fade", base + share * (1 - base))
     return rows
+
+
+def rows_of(path):
+    with open(path) as f:
+        rows = list(csv.DictReader(f))
+    return [{name: v if name == "way" else float(v) for name, v in row.items()} for row in rows]
 
 
 def crossing(rows, accuracy):
@@ -196,10 +205,14 @@ def main():
             if path.parent.exists() and not path.exists():
                 scaled(path.parent, data)
     for way, found in files.items():
-        read = [list(csv.DictReader(open(path))) for path in found if path.exists()]
+        read = [rows_of(path) for path in found if path.exists()]
         if read:
-            runs[way] = [[{name: float(v) for name, v in row.items()} for row in rows] for rows in read]
-    runs |= {way: [rows] for way, rows in processed(data).items()}
+            runs[way] = read
+    untrained = args.out / "untrained.csv"
+    if not untrained.exists():
+        rlcm.save_metrics(processed(data), untrained)
+    for row in rows_of(untrained):
+        runs.setdefault(row.pop("way"), [[]])[0].append(row)
     table(runs)
     figure(runs, args.out / "frontier.png")
     print(f"wrote {args.out}/frontier.png")
