@@ -370,10 +370,11 @@ HORIZONS |= {f"all-{H}": (dict(steps=H, last_noise=0.0), JUDGE[H]) for H in (2, 
 def horizon(args):
     runs = trained(args, "horizon", HORIZONS)
     ends(runs)
-    columns = "epoch", "pictures", "passes", "seconds", "reward", "retrieval", "path_kl"
-    heading("where the accuracy has come down to 0.85", columns)
-    for part, members in runs.items():
-        show(part, [crossing(rows, "accuracy", 0.85) for rows in members], columns)
+    columns = "epoch", "pictures", "passes", "seconds", "reward", "accuracy", "retrieval", "path_kl"
+    for name, value in (("accuracy", 0.85), ("reward", -2.2)):
+        heading(f"where the {name} is {value}", columns)
+        for part, members in runs.items():
+            show(part, [crossing(rows, name, value) for rows in members], columns)
     canvas = Figure(figsize=(12, 4), layout="constrained")
     axes = canvas.subplots(1, 3, sharey=True)
     titles = dict(pictures="pictures scored", passes="passes of the network", seconds="CPU seconds")
