@@ -15,7 +15,7 @@ bands      base models; one noise varies, 16 samples for each of 32 prompts, the
            what goes with a reward that is 1 kB higher: change of brightness, of saturation, of log energy in
            2-4 waves and above 12
 learned    the same of what the runs of `horizon` did to 128 pictures of the same noise: share of the squared
-           change by frequency, and what came with each kB saved
+           change by frequency, and what came with each kB saved; along each run, and where 0.4 kB are saved
 horizon    rlcm trained with H = 1, 2, 4, 8: the default (last-H) and the papers' actions (all-H)
 rewards    incompress and clip: the default and the papers' actions
 longer     60 epochs without and with --kl, and the papers' actions: where does it turn?
@@ -460,10 +460,18 @@ def learned(args):
         return rows
 
     rows = kept(args.out / "learned" / "learned.csv", make)
-    columns = list(rows[0])[1:]
+    columns, runs = list(rows[0])[1:], {}
     heading("what training did", columns)
-    for row in rows:
-        show(row["run"], [row], columns)
+    for row in sorted(rows, key=lambda row: row["epoch"]):
+        part, _, seed = row.pop("run").rpartition("-")
+        runs.setdefault(part, {}).setdefault(seed, []).append(row)
+    for part, seeds in sorted(runs.items()):
+        for seed, along in sorted(seeds.items()):
+            for row in along:
+                show(f"{part}-{seed}", [row], columns)
+    heading("where 0.4 kB are saved, each seed", columns)
+    for part, seeds in sorted(runs.items()):
+        show(part, [crossing(along, "saved", 0.4) for _, along in sorted(seeds.items())], columns)
 
 
 # ------------------------------------------------------------------------------------------------- diversity
