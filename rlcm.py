@@ -426,7 +426,7 @@ class Config:
     prompts: str = knob("animals", f"{', '.join(PROMPTS)}, a text file of prompts, or a quoted prompt")
     pixels: int = knob(64, "height and width of the pictures")
     steps: int = knob(4, "H, evaluations of the network for one picture, 1 to 50")
-    last_noise: float = knob(0.6, "std of the noise on the clean latent, the only action then; 0: none")
+    last_noise: float = knob(0.3, "std of the noise on the clean latent, the only action then; 0: none")
     epochs: int = knob(60, "rollouts of the run, at most")
     min_likeness: float = knob(0.92, "end when the sample grid is less like epoch 0's than this; 0: do not")
     batch_size: int = knob(64, "B, pictures of an epoch")
@@ -436,8 +436,8 @@ class Config:
     value: bool = knob(False, "V(x_k): the reward of the picture predicted at each step, one more decode")
     kl: float = knob(0.0, "lambda: charge for a nat of KL to the pretrained model, in stds of the reward")
     guidance: float = knob(6.0, "guidance scale, in training as in sampling")
-    lora_rank: int = knob(4, "rank of the adapter; 0: train all weights of the network")
-    lora_alpha: int = knob(4, "alpha of the adapter")
+    lora_rank: int = knob(16, "rank of the adapter; 0: train all weights of the network")
+    lora_alpha: int = knob(16, "alpha of the adapter")
     clip_range: float = knob(1e-4, "PPO's epsilon; small, because the log-prob is an average over D")
     adv_clip: float = knob(10.0, "advantages are clipped to +- this")
     buffer_size: int = knob(8, "rewards remembered for each prompt")
@@ -458,10 +458,11 @@ TINY = {"rlcm": "tiny/lcm", "ddpo": "tiny/sd", "score": "tiny/sd"}
 REAL = {"rlcm": "SimianLuo/LCM_Dreamshaper_v7", "ddpo": "Lykon/dreamshaper-7", "score": "Lykon/dreamshaper-7"}
 BOTH = dict(buffer_size=16, min_count=16, micro_batch=2, last_noise=0.0, pixels=512, save_every=50)
 BOTH |= dict(min_likeness=0.0)
-RLCM = BOTH | dict(epochs=1000, batch_size=16, lr=1e-4, guidance=8.0, lora_rank=16, lora_alpha=32, kl=4e-4)
+RLCM = BOTH | dict(epochs=1000, batch_size=16, lr=1e-4, guidance=8.0, lora_alpha=32, kl=4e-4)
 DDPO = BOTH | dict(steps=50, epochs=100, batch_size=256, updates=4, lr=3e-4, guidance=5.0)
-DDPO |= dict(adv_clip=5.0, max_grad_norm=1.0)
-TINY_SD = dict(last_noise=0.0, guidance=3.0, save_every=2, min_likeness=0.9)
+RANK_4 = dict(lora_rank=4, lora_alpha=4)  # that of ddpo-pytorch
+DDPO |= RANK_4 | dict(adv_clip=5.0, max_grad_norm=1.0)
+TINY_SD = RANK_4 | dict(last_noise=0.0, guidance=3.0, save_every=2, min_likeness=0.9)
 PRESETS = {  # (model, method): what differs from Config; real: the official codes', but steps and kl
     ("tiny", "rlcm"): {},
     ("tiny", "ddpo"): TINY_SD | dict(steps=5, lr=3e-3),

@@ -7,6 +7,9 @@
 Rows go to runs/ablate/*/*.csv; what is there is not run again. A table is printed and, next to it, a figure
 written: runs/ablate/WORD.png. No training in bands, unseen, seconds; minutes to an hour in the others.
 
+In bands, horizon, rewards, longer and what builds on them `the default` is that of rlcm when they were made:
+a LoRA of rank 4 and a last noise of 0.6. bench/frontier.py has the default of today (rank 16, 0.3).
+
 bands      base models; one noise varies, 16 samples for each of 32 prompts, the others stay. `reward`: std of
            the reward it makes; `pixels`: std of a pixel; then the share of that variance by frequency (waves
            across the picture); share of the reward's variance that a linear fit explains from `paler` (mean
@@ -50,6 +53,7 @@ from bench.recognise import measure
 from tiny import make_tiny
 
 COLUMNS = "accuracy", "animals", "retrieval", "blank", "kB", "reward"
+BEFORE = dict(model="tiny", lora_rank=4, lora_alpha=4, last_noise=0.6)  # rlcm's default when these were made
 
 
 # ------------------------------------------------------------------------------------------------- in common
@@ -132,7 +136,7 @@ def passes(cfg):
 
 def train(out, judged_at, eight, **settings):
     """A run, judged after those epochs and at its end -> rows; curve.csv: held_out along the run."""
-    cfg = rlcm.configure(model="tiny", eval_prompts="animals", out=str(out), **settings)
+    cfg = rlcm.configure(**(BEFORE | dict(eval_prompts="animals", out=str(out)) | settings))
     rows, curve, record, judging = [], [], rlcm.record, [0.0]
     start = time.process_time()
 
@@ -296,7 +300,7 @@ def band_row(images, r):
 
 def bands_of(method, seed):
     """A row for each action; for rlcm also one for the noise on the clean latent."""
-    cfg = rlcm.configure(model="tiny", method=method)
+    cfg = rlcm.configure(**BEFORE | dict(method=method))
     model, schedule = rlcm.load_model(cfg), rlcm.METHODS[method][0]
     s, rows = schedule(model.pipe.scheduler, cfg.steps, "cpu"), []
     g = torch.Generator().manual_seed(seed)

@@ -5,26 +5,34 @@
     python bench/frontier.py --table                           # only from the runs that are there
 
 Every few epochs of a run the 200 fixed captions of bench/recognise.py are drawn, without noise on the last
-latent, and judged: reward (minus kB), accuracy (nearest training picture), retrieval (tiny/clip). Rows go to
+latent, and judged: reward (minus kB), accuracy (nearest training picture), retrieval (tiny/clip), shape
+(nearest training picture by its edges) and bright (mean of all pixels: fading raises it). Rows go to
 runs/frontier/WAY-SEED/frontier.csv; a run that is complete is not run again. A run ends when the accuracy is
 below one half. Ways, each also with -kl, lambda = 0.01:
 
 last     rlcm's default: noise on the clean latent is the only action, judged against its mirror image
+rank-1, rank-4, rank-64  the same with a LoRA of another rank; the default has 16
 last-8   the same in 8 steps
+before   the default until it was changed: rank 4, last noise 0.6
 all      rlcm with the papers' actions, the noises between evaluations
 all-value  the same with --value
-clip     rlcm's default with tiny/clip's score added to the reward, compress:1,clip:1 (table: compress alone)
-ddpo     DDPO in 5 steps; ddpo-value: with --value; ddpo-50: in 50 steps, guidance 5, as in the
-         papers, half an hour a seed
-score    Scores as Actions in 6 steps, its default is with --value; score-plain: without
-strength the LoRA at the end of `last`, scaled by 0.2 to 1 when drawing
+all-4    the same with a LoRA of rank 4
+clip     rlcm's default with tiny/clip's score added to the reward, compress:1,clip:0.25; the table has
+         compress alone, and retrieval is no judge from outside here
+ddpo     DDPO in 5 steps; ddpo-16: with a LoRA of rank 16, not 4; ddpo-value: with --value; ddpo-50: in 50
+         steps, guidance 5, as in the papers, half an hour a seed
+score    Scores as Actions in 6 steps, its default is with --value; score-16: with rank 16; score-plain:
+         without a value
+last scaled, clip scaled  the LoRA at the end of the run, scaled by 0.2 to 1 when drawing
+linear   no training: a linear map of the base model's clean latents, 3 x 3 neighbours, fitted to what
+         blurring does to them, with its 12 ranks; linear-4, linear-1: cut down to the 4, to the 1 largest
 blur     no training: the base model's pictures blurred (sigma 0.7, 1, 2, 3 pixels)
 vae      the same, then through the VAE: what the decoder can draw
 fade     no training: the base model's pictures faded to white (by 0.2, 0.4, 0.6)
 
-Table: reward at which a way's accuracy is 0.85 and 0.75, and its retrieval there, by linear interpolation
-between epochs; mean and, in brackets, each seed. Passes: of the network with 32 rows, guidance counting two
-rows, a backward two passes, until the accuracy has come down to 0.85.
+Table: where a way's accuracy has come down to 0.85, and to 0.75: the other columns there, by linear
+interpolation between epochs; mean and, in brackets, each seed. Passes: of the network with 32 rows, guidance
+counting two rows, a backward two passes, until then.
 """
 
 import argparse
@@ -40,23 +48,54 @@ from matplotlib.figure import Figure
 
 import rewards
 import rlcm
-from bench.recognise import measure
 from tiny import make_tiny
 
+
+def rank(r):
+    return dict(lora_rank=r, lora_alpha=r)
+
+
 WAYS = {  # settings, epochs at which to judge
-    "last": (dict(), (*range(3, 34, 3), 40, 50, 60)),
-    "last-8": (dict(steps=8), (*range(12, 34, 3), 40, 50)),
-    "clip": (dict(reward="compress:1,clip:1"), range(6, 61, 3)),
-    "all": (dict(last_noise=0.0), range(6, 61, 3)),
+    "last": (dict(), range(12, 46, 3)),
+    "rank-1": (rank(1), range(12, 61, 3)),
+    "rank-4": (rank(4), range(12, 61, 3)),
+    "rank-64": (rank(64) | dict(lr=6e-4), range(12, 46, 3)),
+    "last-8": (dict(steps=8), range(12, 46, 3)),
+    "before": (rank(4) | dict(last_noise=0.6), range(12, 46, 3)),
+    "clip": (dict(reward="compress:1,clip:0.25"), range(12, 46, 3)),
+    "all": (dict(last_noise=0.0), range(9, 61, 3)),
+    "all-4": (rank(4) | dict(last_noise=0.0), range(12, 61, 3)),
     "all-value": (dict(last_noise=0.0, value=True), range(6, 61, 3)),
     "ddpo": (dict(method="ddpo"), range(6, 41, 2)),
+    "ddpo-16": (dict(method="ddpo") | rank(16), range(6, 41, 2)),
     "ddpo-value": (dict(method="ddpo", value=True), range(4, 41, 2)),
     "ddpo-50": (dict(method="ddpo", steps=50, guidance=5.0), range(8, 25, 4)),
     "score": (dict(method="score"), range(4, 41, 2)),
+    "score-16": (dict(method="score") | rank(16), range(4, 41, 2)),
     "score-plain": (dict(method="score", value=False), range(4, 41, 2)),
 }
 WAYS |= {f"{way}-kl": (settings | dict(kl=0.01), epochs) for way, (settings, epochs) in WAYS.items()}
-COLUMNS = "accuracy", "animals", "retrieval", "blank", "kB", "reward"
+STRENGTHS = 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0
+
+
+def edges(pictures):
+    """Brightness gradients of pictures (B, 3, 64, 64) at half size, as unit vectors: fading leaves them."""
+    y = torch.nn.functional.avg_pool2d(pictures.mean(1, keepdim=True), 2)
+    v = torch.cat([y.diff(dim=2).flatten(1), y.diff(dim=3).flatten(1)], 1)
+    return v / v.norm(dim=1, keepdim=True).clamp(min=1e-6)
+
+
+def judge(pictures, captions, data):
+    """The columns of a row. data: training pictures and their labels."""
+    pictures = pictures.cpu()
+    nearest = (edges(pictures) @ edges(data[0]).T).argmax(1).tolist()
+    return {
+        "accuracy": make_tiny.nearest_accuracy(pictures, captions, *data),
+        "retrieval": make_tiny.retrieval(pictures, captions, data[1]),
+        "shape": sum(data[1][n] == c for n, c in zip(nearest, captions)) / len(captions),
+        "bright": pictures.mean().item(),
+        "reward": rewards.compress(pictures, captions).mean().item(),
+    }
 
 
 def train(way, seed, out, data):
@@ -66,8 +105,7 @@ def train(way, seed, out, data):
 
     def judged(run, epoch, scores, kl, log, halt):
         if epoch in epochs:
-            row = dict(zip(COLUMNS, measure(run.model, run.cfg, captions, data)))
-            rows.append({"epoch": epoch} | row | {"reward": -row["kB"]})
+            rows.append({"epoch": epoch} | judge(rlcm.draw(run.model, run.cfg, captions), captions, data))
             print(way, seed, *(f"{name} {value:.3f}" for name, value in rows[-1].items()), flush=True)
         over = bool(rows) and rows[-1]["accuracy"] < 0.5
         return record(run, epoch, scores, kl, log, halt or over)
@@ -86,9 +124,9 @@ def scaled(out, data):
     cfg, captions, rows = rlcm.read_config(out), make_tiny.fixed_captions(data[1]), []
     model = rlcm.load_model(cfg)
     rlcm.load_weights(model, out)
-    for strength in (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
+    for strength in STRENGTHS:
         model.pipe.set_adapters(model.pipe.get_active_adapters(), strength)
-        rows.append({"strength": strength, **dict(zip(COLUMNS, measure(model, cfg, captions, data)))})
+        rows.append({"strength": strength} | judge(rlcm.draw(model, cfg, captions), captions, data))
     rlcm.save_metrics(rows, out / "strength.csv")
 
 
@@ -117,24 +155,68 @@ def blurred(images, sigma):
 def processed(data):
     """The base model's pictures without any training -> a row for each way and its strength."""
     cfg = rlcm.configure(model="tiny")
-    model, captions = rlcm.load_model(cfg), make_tiny.fixed_captions(data[1])
-    base, vae, rows = rlcm.draw(model, cfg, captions), model.pipe.vae, []
+    model, captions, rows = rlcm.load_model(cfg), make_tiny.fixed_captions(data[1]), []
+    x, pictures = last_latents(model, cfg, captions)
+    other = last_latents(model, cfg, sorted(set(data[1])) * 2, seed=10_000)
 
-    def judge(way, images):
-        row = {"way": way, "accuracy": make_tiny.nearest_accuracy(images, captions, *data)}
-        row["retrieval"] = make_tiny.retrieval(images, captions, data[1])
-        rows.append(row | {"reward": float(rewards.compress(images, captions).mean())})
+    def row(way, images):
+        rows.append({"way": way} | judge(images, captions, data))
 
-    for way in ("blur", "vae", "fade"):
-        judge(way, base)
+    ranks = {"linear": 12, "linear-4": 4, "linear-1": 1}
+    for way in ("blur", "vae", "fade", *ranks):
+        row(way, pictures)
     for sigma in (0.7, 1, 2, 3):
-        soft = blurred(base, sigma)
-        judge("blur", soft)
-        latents = [vae.encode(2 * part - 1).latent_dist.mean for part in soft.split(50)]
-        judge("vae", torch.cat([rlcm.decode(model.pipe, x * vae.config.scaling_factor) for x in latents]))
+        soft = blurred(pictures, sigma)
+        row("blur", soft)
+        row("vae", decoded(model, encoded(model, soft)))
+        M = fit(other[0], encoded(model, blurred(other[1], sigma)) - other[0])
+        for way, r in ranks.items():
+            row(way, decoded(model, x + apply(M, x, r)))
     for share in (0.2, 0.4, 0.6):
-        judge("fade", base + share * (1 - base))
+        row("fade", pictures + share * (1 - pictures))
     return rows
+
+
+def last_latents(model, cfg, captions, seed=0):
+    """The base model's clean latents (B, 12, 8, 8) and pictures; noise i has the generator seed + i."""
+    s, c = rlcm.rlcm_schedule(model.pipe.scheduler, cfg.steps, "cpu"), rlcm.encode(model.pipe, captions)
+    g, shape = torch.Generator(), (cfg.steps + 1, *model.shape)
+    z = torch.stack([torch.randn(shape, generator=g.manual_seed(seed + i)) for i in range(len(c))], 1)
+    x = [rlcm.rollout(rlcm.rlcm_policy, model.eps, s, c[b], z[:, b])[0][-1] for b in batches(len(c))]
+    return torch.cat(x), decoded(model, torch.cat(x))
+
+
+def batches(n):
+    return [slice(i, i + 32) for i in range(0, n, 32)]
+
+
+def decoded(model, x):
+    return torch.cat([rlcm.decode(model.pipe, x[b]) for b in batches(len(x))])
+
+
+def encoded(model, pictures):
+    vae = model.pipe.vae
+    x = torch.cat([vae.encode(2 * pictures[b] - 1).latent_dist.mean for b in batches(len(pictures))])
+    return x * vae.config.scaling_factor
+
+
+def neighbours(x):
+    """(B, 12, 8, 8) -> (B * 64, 12 * 9 + 1): each place with the eight around it, and a one."""
+    v = torch.nn.functional.unfold(x, 3, padding=1).transpose(1, 2).flatten(0, 1)
+    return torch.cat([v, torch.ones(len(v), 1)], 1)
+
+
+def fit(x, change):
+    """Least squares from the neighbours of x to a change of x -> (109, 12)."""
+    X, Y = neighbours(x), change.flatten(2).transpose(1, 2).flatten(0, 1)
+    return torch.linalg.solve(X.T @ X + 0.1 * torch.eye(X.shape[1]), X.T @ Y)
+
+
+def apply(M, x, r):
+    """The change that the map makes of x, cut down to the r ranks that count most (the constant is kept)."""
+    U, S, V = torch.linalg.svd(M[:-1], full_matrices=False)
+    M = torch.cat([U[:, :r] * S[:r] @ V[:r], M[-1:]])
+    return (neighbours(x) @ M).view(len(x), 64, 12).transpose(1, 2).reshape(x.shape)
 
 
 def rows_of(path):
@@ -143,28 +225,29 @@ def rows_of(path):
     return [{name: v if name == "way" else float(v) for name, v in row.items()} for row in rows]
 
 
-def crossing(rows, accuracy):
-    """(reward, retrieval, epoch) where the accuracy first falls to that value; nan where it does not."""
+def crossing(rows, accuracy, columns=("reward", "retrieval", "epoch")):
+    """The columns where the accuracy first falls to that value, interpolated; nan where it does not."""
     for a, b in zip(rows, rows[1:]):
         if b["accuracy"] <= accuracy < a["accuracy"]:
             share = (a["accuracy"] - accuracy) / (a["accuracy"] - b["accuracy"])
-            pairs = [(a.get(name, np.nan), b.get(name, np.nan)) for name in ("reward", "retrieval", "epoch")]
+            pairs = [(a.get(name, np.nan), b.get(name, np.nan)) for name in columns]
             return [start + share * (end - start) for start, end in pairs]
-    return [np.nan] * 3
+    return [np.nan] * len(columns)
 
 
 def table(runs):
-    titles = "reward at 0.85", "retrieval", "reward at 0.75", "retrieval", "passes to 0.85"
-    print(f"{'way':9}" + "".join(f"{title:>34}" for title in titles))
-    for way, members in runs.items():
-        at_85, at_75 = (np.array([crossing(rows, accuracy) for rows in members]) for accuracy in (0.85, 0.75))
-        cost = at_85[:, 2] * passes(way) if way in WAYS else at_85[:, 2]
-        line = f"{way:9}"
-        for values in (at_85[:, 0], at_85[:, 1], at_75[:, 0], at_75[:, 1], cost):
-            digits = 0 if values is cost else 3
-            each = " ".join(f"{value:.{digits}f}" for value in values)
-            line += f"{f'{values.mean():.{digits}f} ({each})':>34}"
-        print(line)
+    columns = "reward", "retrieval", "shape", "bright", "epoch"
+    for accuracy in (0.85, 0.75):
+        print(f"\n{f'at {accuracy}':12}" + "".join(f"{name:>30}" for name in (*columns[:-1], "passes")))
+        for way, members in runs.items():
+            values = np.array([crossing(rows, accuracy, columns) for rows in members]).T  # (columns, seeds)
+            values[-1] *= passes(way) if way in WAYS else np.nan
+            line = f"{way:12}"
+            for name, each in zip(columns, values):
+                digits = 0 if name == "epoch" else 3
+                seeds = " ".join(f"{value:.{digits}f}" for value in each)
+                line += f"{f'{each.mean():.{digits}f} ({seeds})':>30}"
+            print(line)
 
 
 def figure(runs, path):
@@ -199,9 +282,9 @@ def main():
                     raise rewards.BadInput(f"{out} was stopped half-way: remove it")
                 train(way, seed, out, data)
     files = {way: [args.out / f"{way}-{seed}" / "frontier.csv" for seed in args.seeds] for way in args.ways}
-    if "last" in args.ways:
-        files["strength"] = [path.with_name("strength.csv") for path in files["last"]]
-        for path in files["strength"]:
+    for way in [way for way in ("last", "clip") if way in args.ways]:
+        files[f"{way} scaled"] = [path.with_name("strength.csv") for path in files[way]]
+        for path in files[f"{way} scaled"]:
             if path.parent.exists() and not path.exists():
                 scaled(path.parent, data)
     for way, found in files.items():
