@@ -428,7 +428,7 @@ class Config:
     steps: int = knob(4, "H, evaluations of the network for one picture, 1 to 50")
     last_noise: float = knob(0.3, "std of the noise on the clean latent, the only action then; 0: none")
     epochs: int = knob(60, "rollouts of the run, at most")
-    min_likeness: float = knob(0.92, "end when the sample grid is less like epoch 0's than this; 0: do not")
+    min_likeness: float = knob(0.91, "end when the sample grid is less like epoch 0's than this; 0: do not")
     batch_size: int = knob(64, "B, pictures of an epoch")
     micro_batch: int = knob(32, "pictures of one pass; changes memory, and results only by rounding")
     updates: int = knob(1, "optimizer steps of an epoch, each on its share of the pictures")
@@ -448,7 +448,7 @@ class Config:
     low_memory: bool = knob(False, "one picture a pass, gradient checkpointing: same gradient")
     log_with: Optional[Literal["wandb", "tensorboard"]] = knob(None, "also log metrics and pictures there")
     seed: int = knob(0, "of adapter, prompts and noise")
-    save_every: int = knob(3, "epochs between pictures, LoRAs and checkpoints")
+    save_every: int = knob(2, "epochs between pictures, LoRAs and checkpoints")
     eval_prompts: Optional[str] = knob(None, "held-out prompts: 64 are drawn at each save, see best/")
     out: Optional[str] = knob(None, "folder of the run, default runs/METHOD-REWARD-SEED-TIME")
 
@@ -462,7 +462,7 @@ RLCM = BOTH | dict(epochs=1000, batch_size=16, lr=1e-4, guidance=8.0, lora_alpha
 DDPO = BOTH | dict(steps=50, epochs=100, batch_size=256, updates=4, lr=3e-4, guidance=5.0)
 RANK_4 = dict(lora_rank=4, lora_alpha=4)  # that of ddpo-pytorch
 DDPO |= RANK_4 | dict(adv_clip=5.0, max_grad_norm=1.0)
-TINY_SD = RANK_4 | dict(last_noise=0.0, guidance=3.0, save_every=2, min_likeness=0.9)
+TINY_SD = RANK_4 | dict(last_noise=0.0, guidance=3.0, min_likeness=0.9)
 PRESETS = {  # (model, method): what differs from Config; real: the official codes', but steps and kl
     ("tiny", "rlcm"): {},
     ("tiny", "ddpo"): TINY_SD | dict(steps=5, lr=3e-3),
