@@ -53,7 +53,8 @@ from bench.recognise import measure
 from tiny import make_tiny
 
 COLUMNS = "accuracy", "animals", "retrieval", "blank", "kB", "reward"
-BEFORE = dict(model="tiny", lora_rank=4, lora_alpha=4, last_noise=0.6)  # rlcm's default when these were made
+BEFORE = dict(lora_rank=4, lora_alpha=4, last_noise=0.6, min_likeness=0.92, save_every=3)
+BEFORE |= dict(model="tiny")  # rlcm's default when these were made
 
 
 # ------------------------------------------------------------------------------------------------- in common

@@ -252,17 +252,23 @@ def table(runs):
 
 
 def figure(runs, path):
+    """A colour for each way; dashed: its LoRA scaled; grey and dotted: no training."""
     canvas = Figure(figsize=(10, 4), layout="constrained")
     axes = canvas.subplots(1, 2, sharex=True)
-    for number, (way, members) in enumerate(runs.items()):
-        style = dict(color=f"C{number}", marker="o", markersize=3, linestyle="-" if way in WAYS else ":")
+    colours = {way: f"C{number}" for number, way in enumerate(way for way in runs if way in WAYS)}
+    markers = dict(blur="s", vae="^", fade="x")
+    for way, members in runs.items():
+        style = dict(color=colours.get(way.removesuffix(" scaled"), "0.4"), markersize=4, linewidth=1.2)
+        style |= dict(linestyle="-" if way in WAYS else "--" if "scaled" in way else ":")
+        style |= dict(marker=markers.get(way, "o"), alpha=0.8)
         for i, rows in enumerate(members):
             for axis, judge in zip(axes, ("accuracy", "retrieval")):
                 x, y = [row["reward"] for row in rows], [row[judge] for row in rows]
                 axis.plot(x, y, label=way if i == 0 else None, **style)
     axes[0].set(xlabel="reward: minus kB", ylabel="still recognised (nearest training picture)")
-    axes[1].set(xlabel="reward: minus kB", ylabel="retrieval (tiny/clip)")
-    axes[0].legend(frameon=False)
+    axes[1].set(xlabel="reward: minus kB", ylabel="retrieval (tiny/clip)", xlim=(-2.63, -1.8))
+    axes[0].axhline(0.85, color="0.8", linewidth=0.8, zorder=0)
+    axes[0].legend(frameon=False, fontsize=8)
     canvas.savefig(path, dpi=110)
 
 
