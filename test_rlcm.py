@@ -1806,8 +1806,8 @@ def test_an_epoch_from_rewards_to_advantages(method, last_noise, value, mini, mi
     cfg = Config(
         **MINI, reward=",".join(names), model=mini if method == "rlcm" else mini_sd, method=method, steps=3,
         prompts=f"{tmp_path}/two.txt", last_noise=last_noise, epochs=3, batch_size=8, micro_batch=5, lr=0.02,
-        value=value, kl=0.5, buffer_size=99, min_count=99, adv_clip=99.0, save_every=100,
-        out=str(tmp_path / "run"),
+        value=value, kl=0.5, buffer_size=99, min_count=99, adv_clip=99.0, save_every=100, lora_rank=4,
+        lora_alpha=4, out=str(tmp_path / "run"),
     )  # fmt: skip
     rlcm.train(cfg)
     model, given, prompts = rlcm.load_model(cfg), updates.calls[-1], collected.calls[-1]["prompts"]
