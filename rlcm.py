@@ -870,6 +870,7 @@ def reward_of(run, images, prompts):
 def finish(run):
     """Say what was reached, where everything is and how to use it -> the run's folder."""
     cfg, first, last, out = run.cfg, run.rows[0], run.rows[-1], run.out
+    time.sleep(0.1)  # gloo's thread drops its last tensors; below, joined under Python's lock, it could not
     run.accelerator.end_training()
     if not run.accelerator.is_main_process:
         return out
