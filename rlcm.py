@@ -458,7 +458,7 @@ TINY = {"rlcm": "tiny/lcm", "ddpo": "tiny/sd", "score": "tiny/sd"}
 REAL = {"rlcm": "SimianLuo/LCM_Dreamshaper_v7", "ddpo": "Lykon/dreamshaper-7", "score": "Lykon/dreamshaper-7"}
 BOTH = dict(buffer_size=16, min_count=16, micro_batch=2, last_noise=0.0, pixels=512, save_every=50)
 BOTH |= dict(min_likeness=0.0)
-RLCM = BOTH | dict(epochs=1000, batch_size=16, lr=1e-4, guidance=8.0, lora_alpha=32, kl=4e-4)
+RLCM = BOTH | dict(epochs=1000, batch_size=16, lr=1e-4, guidance=8.0, lora_rank=16, lora_alpha=32, kl=4e-4)
 DDPO = BOTH | dict(steps=50, epochs=100, batch_size=256, updates=4, lr=3e-4, guidance=5.0)
 RANK_4 = dict(lora_rank=4, lora_alpha=4)  # that of ddpo-pytorch
 DDPO |= RANK_4 | dict(adv_clip=5.0, max_grad_norm=1.0)
@@ -870,7 +870,7 @@ def reward_of(run, images, prompts):
 def finish(run):
     """Say what was reached, where everything is and how to use it -> the run's folder."""
     cfg, first, last, out = run.cfg, run.rows[0], run.rows[-1], run.out
-    time.sleep(0.1)  # gloo's thread drops its last tensors; below, joined under Python's lock, it could not
+    time.sleep(0.1)  # gloo's thread needs Python's lock to drop its last tensors; ending it holds that lock
     run.accelerator.end_training()
     if not run.accelerator.is_main_process:
         return out

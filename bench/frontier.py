@@ -19,10 +19,9 @@ all-value  the same with --value
 all-4    the same with a LoRA of rank 4
 clip     rlcm's default with tiny/clip's score added to the reward, compress:1,clip:0.25; the table has
          compress alone, and retrieval is no judge from outside here
-ddpo     DDPO in 5 steps; ddpo-16: with a LoRA of rank 16, not 4; ddpo-value: with --value; ddpo-50: in 50
-         steps, guidance 5, as in the papers, half an hour a seed
-score    Scores as Actions in 6 steps, its default is with --value; score-16: with rank 16; score-plain:
-         without a value
+ddpo     DDPO in 5 steps; ddpo-value: with --value; ddpo-50: in 50 steps, guidance 5, as in the
+         papers, half an hour a seed
+score    Scores as Actions in 6 steps, its default is with --value; score-plain: without
 last scaled, clip scaled  the LoRA at the end of the run, scaled by 0.2 to 1 when drawing
 linear   no training: a linear map of the base model's clean latents, 3 x 3 neighbours, fitted to what
          blurring does to them, with its 12 ranks; linear-4, linear-1: cut down to the 4, to the 1 largest
@@ -68,11 +67,9 @@ WAYS = {  # settings, epochs at which to judge
     "all-4": (rank(4) | dict(last_noise=0.0), range(12, 61, 3)),
     "all-value": (dict(last_noise=0.0, value=True), range(6, 61, 3)),
     "ddpo": (dict(method="ddpo"), range(6, 41, 2)),
-    "ddpo-16": (dict(method="ddpo") | rank(16), range(6, 41, 2)),
     "ddpo-value": (dict(method="ddpo", value=True), range(4, 41, 2)),
     "ddpo-50": (dict(method="ddpo", steps=50, guidance=5.0), range(8, 25, 4)),
     "score": (dict(method="score"), range(4, 41, 2)),
-    "score-16": (dict(method="score") | rank(16), range(4, 41, 2)),
     "score-plain": (dict(method="score", value=False), range(4, 41, 2)),
 }
 WAYS |= {f"{way}-kl": (settings | dict(kl=0.01), epochs) for way, (settings, epochs) in WAYS.items()}
@@ -262,8 +259,8 @@ def figure(runs, path):
         style |= dict(linestyle="-" if way in WAYS else "--" if "scaled" in way else ":")
         style |= dict(marker=markers.get(way, "o"), alpha=0.8)
         for i, rows in enumerate(members):
-            for axis, judge in zip(axes, ("accuracy", "retrieval")):
-                x, y = [row["reward"] for row in rows], [row[judge] for row in rows]
+            for axis, column in zip(axes, ("accuracy", "retrieval")):
+                x, y = [row["reward"] for row in rows], [row[column] for row in rows]
                 axis.plot(x, y, label=way if i == 0 else None, **style)
     axes[0].set(xlabel="reward: minus kB", ylabel="still recognised (nearest training picture)")
     axes[1].set(xlabel="reward: minus kB", ylabel="retrieval (tiny/clip)", xlim=(-2.63, -1.8))
