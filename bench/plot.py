@@ -5,10 +5,8 @@
 
 Runs that differ only in their seed are one line: the mean of `reward_mean` of their metrics.csv. The band is
 one standard deviation over the seeds or, where there is one run, over the pictures of an epoch: `reward_std`.
-A line is labelled by the settings that differ between lines.
+A line is labelled by the settings in which the lines differ.
 """
-
-import argparse
 import csv
 import sys
 from dataclasses import asdict
@@ -18,54 +16,78 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 import rlcm
+from bench.sample import Parser
 from rewards import BadInput
 
-COLUMNS = "reward_queries", "seconds", "reward_mean", "reward_std"
-NO_SETTING = "seed", "out", "save_every"  # what runs of one line may differ in
+COLUMNS = "pictures", "seconds", "reward_mean", "reward_std"
+NO_SETTING = "seed", "out", "save_every", "log_with"  # runs of one line may differ in these
+
+
+def read_rows(path):
+    """Rows of a csv file, numbers as floats. Raises BadInput where there are none."""
+
+    def value(text):
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+    try:
+        with open(path) as f:
+            rows = [{name: value(text) for name, text in row.items()} for row in csv.DictReader(f)]
+    except OSError as e:
+        raise BadInput(f"{path} cannot be read ({type(e).__name__}): train the run first") from e
+    rlcm.require(rows, f"{path} is empty: train the run first")
+    return rows
 
 
 def read_metrics(run):
     """Array (4, epochs) of COLUMNS of a run's metrics.csv. Raises BadInput."""
+    path = Path(run) / "metrics.csv"
     try:
-        with open(Path(run) / "metrics.csv") as f:
-            return np.array([[float(row[name]) for name in COLUMNS] for row in csv.DictReader(f)]).T
-    except (OSError, KeyError, ValueError) as e:
-        raise BadInput(f"{run} has no readable metrics.csv ({type(e).__name__}): train it first") from e
+        return np.array([[float(row[name]) for name in COLUMNS] for row in read_rows(path)]).T
+    except (KeyError, TypeError, ValueError) as e:
+        raise BadInput(f"{path} is not a run's ({type(e).__name__}: {e})") from e
+
+
+def by_line(runs):
+    """Runs' folders -> a list of (settings, metrics of the runs that have them)."""
+    lines = []
+    for run in runs:
+        config, metrics = asdict(rlcm.read_config(run)), read_metrics(run)
+        settings = {name: value for name, value in config.items() if name not in NO_SETTING}
+        same = [members for other, members in lines if other == settings]
+        if same:
+            same[0].append(metrics)
+        else:
+            lines.append((settings, [metrics]))
+    return lines
 
 
 def curves(runs, path):
     """Draw the curves of runs' folders into one file -> the figure. Raises BadInput."""
     from matplotlib.figure import Figure
 
-    groups = []  # (settings, arrays of its runs)
-    for run in runs:
-        config, columns = asdict(rlcm.read_config(run)), read_metrics(run)
-        settings = {name: value for name, value in config.items() if name not in NO_SETTING}
-        for other, members in groups:
-            if other == settings:
-                members.append(columns)
-                break
-        else:
-            groups.append((settings, [columns]))
-    names = [name for name in groups[0][0] if len({str(settings[name]) for settings, _ in groups}) > 1]
-    if len({settings["method"] for settings, _ in groups}) == len(groups):
+    lines = by_line(runs)
+    names = [name for name in lines[0][0] if len({str(settings[name]) for settings, _ in lines}) > 1]
+    if len({settings["method"] for settings, _ in lines}) == len(lines):
         names = []  # the method says it all
 
     figure = Figure(figsize=(10, 3.8), layout="constrained")
-    if Path(path).suffix[1:] not in figure.canvas.get_supported_filetypes():
-        raise BadInput(f"--out {path}: end it in .png, .pdf or .svg")
+    fits = Path(path).suffix[1:] in figure.canvas.get_supported_filetypes()
+    rlcm.require(fits, f"--out {path}: end it in .png, .pdf or .svg")
     axes = figure.subplots(1, 2, sharey=True)
-    for settings, members in groups:
+    for settings, members in lines:
         label = ", ".join(f"{name} {settings[name]}" for name in names) or settings["method"]
-        for axis, x in zip(axes, (0, 1)):
-            grid = np.linspace(max(m[x, 0] for m in members), min(m[x, -1] for m in members), 200)
-            rewards = np.array([np.interp(grid, m[x], m[2]) for m in members])  # (runs, 200)
+        for column, axis in enumerate(axes):
+            grid = np.linspace(max(m[column, 0] for m in members), min(m[column, -1] for m in members), 200)
+            rewards = np.array([np.interp(grid, m[column], m[2]) for m in members])  # (runs, 200)
             mean, std = rewards.mean(0), rewards.std(0)
             if len(members) == 1:
-                std = np.interp(grid, members[0][x], members[0][3])
+                std = np.interp(grid, members[0][column], members[0][3])
             (line,) = axis.plot(grid, mean, label=label)
             axis.fill_between(grid, mean - std, mean + std, alpha=0.2, color=line.get_color(), linewidth=0)
-    rewards = ", ".join(sorted({settings["reward"] for settings, _ in groups}))
+    rewards = ", ".join(sorted({settings["reward"] for settings, _ in lines}))
     axes[0].set(xlabel="pictures scored", ylabel=f"reward: {rewards}")
     axes[1].set(xlabel="seconds")
     axes[0].legend(frameon=False)
@@ -74,24 +96,15 @@ def curves(runs, path):
 
 
 def main(argv=None):
-    """The program -> exit status: 0, or 2 for bad input."""
-
-    def refuse(message):
-        raise BadInput(f"{message} (--help lists the flags)")
-
-    raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(prog="plot.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
-    p.error = refuse
+    p = Parser("plot", __doc__)
     p.add_argument("runs", nargs="+", metavar="RUN", help="runs' folders")
-    p.add_argument("--out", default="plot.png", help="the picture's file, default plot.png")
-    try:
-        args = p.parse_args(argv)
+    p.add_argument("--out", default="plot.png", metavar="FILE", help="default: plot.png")
+
+    def work(args):
         curves(args.runs, args.out)
-    except (BadInput, OSError) as e:
-        print(f"plot.py: {e}", file=sys.stderr)
-        return 2
-    print(f"wrote {args.out}")
-    return 0
+        print(f"wrote {args.out}")
+
+    return p.run(work, argv)
 
 
 if __name__ == "__main__":
