@@ -13,7 +13,7 @@ Stages, each of which checkpoints to `--work` and continues where it was stopped
     clip      a small CLIPModel, so that `--reward clip` means something here (CLIP, arXiv 2103.00020)
     report    nearest-training-picture accuracy, retrieval accuracy and sample grids
 
-bench/recognise.py measures runs of rlcm.py with the same captions and the same judges.
+bench/compare.py measures runs of rlcm.py with the same captions and the same judges.
 """
 
 import argparse
