@@ -399,7 +399,7 @@ class Config:
     prompts: str = flag("animals", f"{', '.join(PROMPTS)}, a text file of prompts, or a quoted prompt")
     pixels: int = flag(64, "height and width of the pictures")
     steps: int = flag(4, "H, evaluations of the network for one picture")
-    epochs: int = flag(28, "rollouts of the run")
+    epochs: int = flag(27, "rollouts of the run")
     batch_size: int = flag(64, "B, pictures of a rollout")
     micro_batch: int = flag(32, "pictures of one pass of the network; changes memory, not the gradient")
     updates: int = flag(1, "optimizer steps of an epoch, each on its share of the pictures")
@@ -429,8 +429,8 @@ DDPO = FULL | dict(epochs=100, batch_size=256, updates=4, lr=3e-4, guidance=5.0,
 DDPO |= dict(steps=50, adv_clip=5.0, max_grad_norm=1.0)
 PRESETS = {  # (size, method): the model, and what differs from Config
     ("tiny", "rlcm"): ("tiny", {}),
-    ("tiny", "ddpo"): ("tiny", dict(steps=5, epochs=28, lr=1.5e-3, guidance=3.0, lora_rank=4, lora_alpha=4)),
-    ("tiny", "score"): ("tiny", dict(steps=6, epochs=27, lr=2.5e-3, guidance=3.0)),
+    ("tiny", "ddpo"): ("tiny", dict(steps=5, epochs=24, lr=1.5e-3, guidance=3.0, lora_rank=4, lora_alpha=4)),
+    ("tiny", "score"): ("tiny", dict(steps=6, epochs=26, lr=2.5e-3, guidance=3.0)),
     ("full", "rlcm"): ("SimianLuo/LCM_Dreamshaper_v7", RLCM),
     ("full", "ddpo"): ("Lykon/dreamshaper-7", DDPO),
     ("full", "score"): ("Lykon/dreamshaper-7", DDPO),

@@ -38,13 +38,7 @@ import pytest
 import tokenizers
 import torch
 import transformers as tf
-from diffusers import (
-    DDIMScheduler,
-    DiffusionPipeline,
-    EulerAncestralDiscreteScheduler,
-    LCMScheduler,
-    UNet2DConditionModel,
-)
+from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler
 from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -119,7 +113,7 @@ def test_steps_equal_diffusers(method, steps, options, actions):
 @pytest.mark.parametrize("steps", [1, 3, 4, 6, 7])
 def test_ddpo_steps_with_trailing_timesteps_equal_euler_ancestral(steps):
     """In the variance-exploding process, x_vp = sqrt(ab) x_ve. Three of the numbers do not divide 1000."""
-    theirs = EulerAncestralDiscreteScheduler(**BETAS, timestep_spacing="trailing")
+    theirs = diffusers.EulerAncestralDiscreteScheduler(**BETAS, timestep_spacing="trailing")
     s = rlcm.ddpo_schedule(DDIMScheduler.from_config(theirs.config), steps)
     theirs.set_timesteps(steps)
     assert s.t.tolist() == theirs.timesteps.tolist() and s.t[0] == 999
@@ -200,7 +194,6 @@ def test_a_score_step_of_any_length_is_exact(variance, steps):
     assert_close(reached[1], V[-1], atol=1e-4, rtol=0.01)
 
 
-# ------------------------------------------------------------------------------------ log-prob, KL, rollout
 def test_log_prob_and_kl_equal_torch_distributions():
     x, mean, other = torch.randn(3, 5, 4, 8, 8)
     for std in (torch.tensor(0.1), torch.tensor(1.7)):
@@ -408,7 +401,6 @@ def test_ppo_clips_only_what_profits():
     assert_close(loss.detach(), torch.tensor([-1.1, -math.exp(-0.5), math.exp(0.5), 0.9]))
 
 
-# ------------------------------------------------------------------------------------------------ advantages
 def close(A, expected):
     assert_close(A, torch.as_tensor(expected).float(), atol=1e-5, rtol=0)
 
@@ -442,7 +434,6 @@ def test_advantages_of_rare_prompts_use_the_batch_and_know_clip_and_no_unit():
     assert not advantages(torch.full((24,), 0.1), prompts, {}, 4, 4, 10.0).any()
 
 
-# ------------------------------------------------------------------------------------ the part as a part
 def test_the_method_part_works_alone():
     """Cut out of the file and run with torch, math, numpy and SimpleNamespace only, on a small network."""
     source = (HERE / "rlcm.py").read_text()
@@ -477,13 +468,12 @@ PRELOADED = accelerate.Accelerator, diffusers.LatentConsistencyModelPipeline
 session = pytest.fixture(scope="session")
 
 
-# --------------------------------------------------------------------------------------------------- fixtures
 def make_mini(folder, kind):
     """The embedded pipeline with a small U-Net of random weights: for what a run does around its network."""
     torch.manual_seed(0)
     pipe = DiffusionPipeline.from_pretrained(HERE / "tiny" / kind)
     blocks = dict(down_block_types=["CrossAttnDownBlock2D"], up_block_types=["CrossAttnUpBlock2D"])
-    pipe.unet = UNet2DConditionModel.from_config(pipe.unet.config | blocks | dict(block_out_channels=[16]))
+    pipe.unet = type(pipe.unet).from_config(pipe.unet.config | blocks | dict(block_out_channels=[16]))
     pipe.save_pretrained(folder)
     return str(folder)
 
@@ -657,7 +647,7 @@ def test_eps_is_the_guided_network_and_without_its_adapter_the_pretrained_one(mi
         for i, p in enumerate(model.trained.values()):
             p.data = 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
         c, nothing = (rlcm.encode(model.pipe, prompts) for prompts in (["cat", "dog"], ["", ""]))
-        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+        unet = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
         w = model.pipe.get_guidance_scale_embedding(torch.tensor([3.0 - 1] * 2), 256)
         if folder == mini:
             base = unet(x, t, c, timestep_cond=w).sample
@@ -1056,7 +1046,6 @@ def test_a_bad_reward_is_named(name, mine):
     assert "\n" not in str(caught.value)
 
 
-# --------------------------------------------------------------------------------------- rewards with a model
 MODEL_REWARDS = ["aesthetic", "clip", "pickscore", "align"]
 BODY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
 
@@ -1238,7 +1227,6 @@ def test_a_model_out_of_reach_is_named(hub, tmp_path, monkeypatch):
     assert not (tmp_path / "touched").exists()
 
 
-# ---------------------------------------------------------------------------------------------------- prompts
 def test_prompt_sets():
     """The ImageNet animals are classes 0 to 397 with all their names, as in DDPO's and RLCM's code."""
     animals, others, active = sets = [rewards.get_prompts(name) for name in rewards.PROMPTS]
