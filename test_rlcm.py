@@ -1,8 +1,6 @@
 """Tests of rlcm.py, then rewards.py, bench/ and examples/, against independent computations.
 
     python -m pytest -q -n 2 --dist worksteal test_rlcm.py     # two processes of one thread each
-
-They need no network, and run on the CPU also where there is a GPU.
 """
 import os
 
@@ -32,6 +30,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import accelerate
+import accelerate.state
 import diffusers
 import numpy as np
 import pytest
@@ -48,6 +47,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rewards
 import rlcm
@@ -64,9 +64,6 @@ rlcm.quiet()
 @pytest.fixture(autouse=True)
 def own_seed():
     torch.manual_seed(0)
-
-
-BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
 
 def scheduler_of(method):
@@ -108,24 +105,6 @@ def test_steps_equal_diffusers(method, steps, options, actions):
         mean, std = policy(wave, x, k, c, s)
         x = mean + std * torch.randn(x.shape, generator=same)
         assert_close(x, theirs.prev_sample, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("steps", [1, 3, 4, 6, 7])
-def test_ddpo_steps_with_trailing_timesteps_equal_euler_ancestral(steps):
-    """In the variance-exploding process, x_vp = sqrt(ab) x_ve. Three of the numbers do not divide 1000."""
-    theirs = diffusers.EulerAncestralDiscreteScheduler(**BETAS, timestep_spacing="trailing")
-    s = rlcm.ddpo_schedule(DDIMScheduler.from_config(theirs.config), steps)
-    theirs.set_timesteps(steps)
-    assert s.t.tolist() == theirs.timesteps.tolist() and s.t[0] == 999
-    assert s.std[-1] == 0 and list(s.actions) == list(range(steps - 1))
-    x, c = torch.randn(3, 4, 8, 8), torch.randn(3, 1, 1, 1)
-    for k, t in enumerate(theirs.timesteps):
-        mean, std = rlcm.ddpo_policy(wave, x, k, c, s)
-        x_ve, noise, same = x / s.ab[k].sqrt(), *(torch.Generator().manual_seed(k) for _ in range(2))
-        out = wave(theirs.scale_model_input(x_ve, t), s.t[k], c)
-        x = mean + std * torch.randn(x.shape, generator=same)
-        x_ve = theirs.step(out, t, x_ve, generator=noise).prev_sample
-        assert_close(x, x_ve * s.ab[k + 1].sqrt(), rtol=1e-4, atol=1e-4)
 
 
 def test_score_schedule_is_the_vp_sde_of_the_models_betas():
@@ -937,6 +916,101 @@ def test_bad_input_is_one_line_and_nothing_is_written(arguments, place_of_bad, m
     refused([*given, *arguments.split()], BAD[arguments], place_of_bad, capsys)
 
 
+# A card that is not there: its tensors say cuda:0, hold their numbers on the CPU, and mix with the CPU's as a
+# GPU's do, not at all but for numbers without dimension, indices and copies. Not shown: kernels, rounding.
+CARD, aten = torch.device("cuda:0"), torch.ops.aten
+
+
+class OnCard(torch.Tensor):
+    """A tensor of the card. To the engine below Python it is on cpu:1, which takes part in autograd."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    device, is_cuda, is_cpu = (property(lambda self, v=v: v) for v in (CARD, True, False))
+    data = property(torch.Tensor.detach, lambda self, value: self.put(value))
+
+    @staticmethod
+    def __new__(cls, inner):
+        options = dict(strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype)
+        options |= dict(device=torch.device("cpu:1"))
+        tensor = torch.Tensor._make_wrapper_subclass(cls, inner.shape, **options)
+        tensor.inner = inner
+        tensor.tolist, tensor.untyped_storage = inner.tolist, inner.untyped_storage
+        return tensor
+
+    def put(self, value):
+        torch.Tensor.data.__set__(self, value)
+        self.inner = value.inner
+
+    def __reduce_ex__(self, protocol):  # torch.load(map_location="cpu")
+        return self.inner.__reduce_ex__(protocol)
+
+    @classmethod
+    def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
+        return on_card(operation, args, kwargs or {})
+
+
+class Card(TorchDispatchMode):
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        return on_card(operation, args, kwargs or {})
+
+
+def mapped(change, v):
+    """v with every tensor in its lists and tuples changed."""
+    if isinstance(v, torch.Tensor):
+        return change(v)
+    return type(v)(mapped(change, part) for part in v) if type(v) in (list, tuple) else v
+
+
+def on_card(operation, args, kwargs):
+    """Run an operation with the numbers on the CPU; refuse what CUDA refuses."""
+    name, asked, given, known = operation.overloadpacket, kwargs.get("device"), [], {}
+
+    def inner(v):
+        given.append(v)
+        known.update({id(v.inner): v} if type(v) is OnCard else {})
+        return v.inner if type(v) is OnCard else v
+
+    args, kwargs = mapped(inner, args), {key: mapped(inner, v) for key, v in kwargs.items()}
+    there = bool(known) if asked is None else asked in (CARD, torch.device("cpu:1"))
+    if name in (aten.index, aten.index_put, aten.index_put_) and type(given[0]) is OnCard:
+        given[1:] = given[-1:] if name is not aten.index else []  # indices may be on the CPU
+    mixed = any(type(v) is not OnCard and v.dim() for v in given) and name not in (aten._to_copy, aten.copy_)
+    assert not (known and mixed), f"{operation}: expected all tensors to be on the same device"
+    assert not (there and kwargs.get("generator")), f"{operation}: a generator of the CPU"
+    out = operation(*args, **kwargs | ({} if asked is None else {"device": torch.device("cpu")}))
+    if not there or name is aten.copy_ and type(given[0]) is not OnCard:
+        return out
+    return mapped(lambda v: known[id(v)] if id(v) in known else OnCard(v), out)
+
+
+@pytest.mark.parametrize("method, precision", [("rlcm", "bf16"), ("ddpo", "fp32"), ("score", "bf16")])
+def test_a_run_on_a_gpu_that_is_not_there(method, precision, mini, mini_sd, tmp_path, monkeypatch):
+    """It trains and is resumed, all of it on the card."""
+    to, autocast, record, seen = torch.Tensor.to, torch.autocast, rlcm.record, set()
+    for name, value in dict(_lazy_init=None, is_available=True, current_device=0).items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
+    card = lambda v: CARD if str(v) == "cuda" else v  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, *args, **kwargs: to(t, *map(card, args), **kwargs))
+    monkeypatch.setattr(torch, "autocast", lambda device_type, **kwargs: autocast("cpu", **kwargs))
+    monkeypatch.setattr(accelerate.state.PartialState, "default_device", CARD)
+    monkeypatch.setattr(rlcm, "record", lambda *v: seen.update(t.device for t in v[3:]) or record(*v))
+    settings = dict(SMALL, method=method, precision=precision, model=mini if method == "rlcm" else mini_sd)
+    settings |= dict(steps=3, micro_batch=3, updates=2 if method == "ddpo" else 1, kl=0.01)
+    settings["out"] = str(tmp_path / "run")
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(v, device="cuda:0") is made, then moved
+    accelerate.state.AcceleratorState._reset_state(True)
+    try:
+        with Card():
+            rlcm.train(Config(**settings | dict(epochs=1)))
+            rlcm.train(Config(**settings), resume=True)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+        torch._C._set_only_lift_cpu_tensors(False)
+        accelerate.state.AcceleratorState._reset_state(True)
+    assert seen == {CARD} and column(tmp_path / "run", "ratio_drift") == [0.0, 0.0]
+
+
 # ---------------------------------------------------------------------------------------------------- rewards
 REWARD_FILE = """
 from __future__ import annotations
@@ -1034,8 +1108,6 @@ BAD_REWARDS = {  # name: what the message must say
     "mine.py:raises": "'mine.py:raises' raised RuntimeError: no",
     "broken.py:fn": "broken.py does not load: SyntaxError",
     "compress, compress": "'compress, compress' has a part twice: add up its weights",
-    "compress,,incompress": "an empty part in the reward 'compress,,incompress'",
-    "compress:": "'' of reward 'compress' is not a finite number",
 }
 
 
@@ -1093,7 +1165,6 @@ def small_models(tmp_path_factory):
     root = tmp_path_factory.mktemp("hub")
     hub = {name: str(root / name) for name in rewards.HUB} | {"clip": rewards.TINY_CLIP}
     small_llava(hub["llava"])
-    small_llava(hub["llava-13b"])
     small_bert(hub["bert"])
     clip, processor = (kind.from_pretrained(rewards.TINY_CLIP) for kind in (tf.CLIPModel, tf.CLIPProcessor))
     clip.logit_scale.data.fill_(3.0)
@@ -1120,22 +1191,12 @@ def hub(small_models, monkeypatch):
     return rewards.HUB
 
 
-def test_clip_pixels_equal_the_image_processor_of_transformers():
-    """Pillow rounds to bytes after each of its two passes, hence the tolerance of two grey levels."""
-    for H, W, size in ((64, 64, 100), (96, 72, 48), (45, 77, 24), (77, 45, 30)):
-        coarse = torch.rand(2, 3, 6, 6)
-        coarse[1] = coarse[1].round()  # bicubic overshoots
-        smooth = torch.nn.functional.interpolate(coarse, (H, W), mode="bilinear").mul(255).round() / 255
-        theirs = small_image_processor(size)
-        expected = theirs(for_pillow(smooth), return_tensors="pt")["pixel_values"]
-        ours = rewards.clip_pixels(smooth, size, theirs.image_mean, theirs.image_std)
-        torch.testing.assert_close(ours, expected, rtol=0, atol=2 / 255 / min(theirs.image_std))
-
-
 @torch.no_grad()
 def test_clip_pickscore_and_aesthetic_equal_their_models_run_by_hand(hub, small_models, monkeypatch):
-    """Picture by picture through transformers alone. The embedded CLIP knows right captions from wrong."""
-    images, pictures, prompts = drawn(40)
+    """Picture by picture through transformers alone, which shrinks and crops them by Pillow."""
+    images, _, prompts = drawn(40)
+    images = torch.nn.functional.interpolate(images, (150, 120), mode="bilinear").mul(255).round() / 255
+    pictures = for_pillow(images)
 
     def outputs(model, processor):
         model = tf.CLIPModel.from_pretrained(model, dtype=torch.float32)
@@ -1151,12 +1212,12 @@ def test_clip_pickscore_and_aesthetic_equal_their_models_run_by_hand(hub, small_
     for name, by_hand in expected.items():
         score = rewards.get_reward(name)(images, prompts)
         assert score.std() > 0.02, name
-        torch.testing.assert_close(score, by_hand, rtol=1e-3, atol=1e-3, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(score, by_hand, rtol=5e-3, atol=0.02, msg=lambda m: f"{name}: {m}")
     wrong = rewards.get_reward("clip")(images, prompts[1:] + prompts[:1])
     assert (expected["clip"] > wrong + 0.2).float().mean() > 0.9
     monkeypatch.setitem(hub, "clip", "nowhere")  # with --model tiny `clip` is the embedded one all the same
     both = rewards.get_reward("compress,clip:0.5", "tiny").terms(images, prompts)
-    torch.testing.assert_close(both[1], 0.5 * expected["clip"], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(both[1], 0.5 * expected["clip"], rtol=5e-3, atol=0.02)
 
 
 @torch.no_grad()
@@ -1189,29 +1250,6 @@ def test_align_is_bertscore_recall_of_a_greedy_description(hub, monkeypatch):
     expected = torch.tensor([(recall(p, s) - 0.5170288) / (1 - 0.5170288) for p, s in zip(prompts, said)])
     score = rewards.get_reward("align")(images, prompts)
     torch.testing.assert_close(score, expected.float(), rtol=1e-3, atol=1e-3)
-    other = rewards.get_reward("align_13b")(images, prompts)  # the same with the other LLaVA
-    monkeypatch.setitem(hub, "llava", hub["llava-13b"])
-    assert torch.equal(rewards.get_reward("align")(images, prompts), other) and not torch.equal(other, score)
-
-
-def test_half_precision_scores_like_float32(hub, monkeypatch):
-    """DeBERTa comes with two biases in float32 then; LLaVA's rotary buffers must stay float32."""
-    images, _, prompts = drawn(200)
-    said = rewards.describe(images, hub["llava"])
-    full = {name: rewards.get_reward(name)(images, prompts) for name in MODEL_REWARDS}
-    monkeypatch.setitem(rewards.DTYPE, "cpu", torch.float16)
-    rewards.load.cache_clear()
-    first = [text.split()[0] for text in rewards.describe(images, hub["llava"])]
-    assert first == [text.split()[0] for text in said]  # a long greedy description may part at a near tie
-    monkeypatch.setattr(rewards, "describe", lambda images, source: said)
-    for name, expected in full.items():
-        score = rewards.get_reward(name)(images, prompts)
-        assert not torch.equal(score, expected) and expected.std() > 0.02, name
-        torch.testing.assert_close(score, expected, rtol=0.02, atol=0.01, msg=lambda m: f"{name}: {m}")
-    llava = rewards.load("LlavaForConditionalGeneration", hub["llava"], torch.device("cpu"))
-    assert {p.dtype for p in llava.parameters()} == {torch.float16}
-    turns = llava.model.language_model.rotary_emb.inv_freq
-    torch.testing.assert_close(turns, 10000 ** (-torch.arange(8) / 8), rtol=1e-6, atol=0)
 
 
 def test_a_model_out_of_reach_is_named(hub, tmp_path, monkeypatch):
@@ -1249,8 +1287,7 @@ def test_prompts_from_a_file_and_from_the_command_line(tmp_path, monkeypatch):
     assert rewards.get_prompts("notepad.txt") == ["a caf\u00e9", "owl, bird"]
     for words in ("a cat", "animals, please", "a cat " * 200):
         assert rewards.get_prompts(words) == [words.strip()]
-    Path("utf-16.txt").write_text("a cat", encoding="utf-16")
-    for typo in ("promts.txt", "my promts.txt", "cat", " ", "", "utf-16.txt"):
+    for typo in ("promts.txt", "my promts.txt", "cat", " ", ""):
         with pytest.raises(BadInput, match="two words"):
             rewards.get_prompts(typo)
     Path("empty.txt").write_text("\n \n")
@@ -1310,28 +1347,6 @@ def fake_run(folder, seed, reward_mean, **settings):
     return str(folder)
 
 
-def test_curves_average_the_seeds(tmp_path):
-    a = fake_run(tmp_path / "a", 0, [1, 2, 3])
-    b = fake_run(tmp_path / "b", 1, [3, 4, 5])
-    c = fake_run(tmp_path / "c", 0, [0, 0, 6], lr=0.5)
-    assert plot.main([a, b, c, "--out", str(tmp_path / "curves.png")]) == 0
-    for axis, end in zip(plot.curves([a, b, c], tmp_path / "curves.png").axes, (24, 6)):
-        both, other = axis.lines
-        assert both.get_xdata()[-1] == end and both.get_ydata()[[0, -1]].tolist() == [2, 4]
-        assert other.get_ydata()[-1] == 6 and "0.5" in other.get_label()
-        first, second = (band.get_paths()[0].vertices for band in axis.collections)
-        assert first[:, 1].max() == 5 and second[:, 1].max() == 6.5
-    assert compare.gain(fake_run(tmp_path / "d", 0, [1, 1, 1, 9, 2, 3, 4])) == (3 - 1) / 0.5
-
-
-def test_the_crossing_lies_between_two_rows():
-    rows = [dict(accuracy=a, reward=r, epoch=e) for a, r, e in ((0.95, -3, 3), (0.9, -2, 6), (0.8, -1, 9))]
-    expected = dict(accuracy=0.85, reward=-1.5, epoch=7.5)
-    assert compare.crossing(rows, "accuracy", 0.85) == pytest.approx(expected)
-    assert compare.crossing(rows, "reward", -2.5)["epoch"] == pytest.approx(4.5)
-    assert np.isnan(compare.crossing(rows, "accuracy", 0.5)["reward"])
-
-
 def test_compare_refuses_a_run_of_other_settings(tmp_path):
     run = tmp_path / "run"
     assert not compare.finished(run, [])
@@ -1369,27 +1384,12 @@ def test_an_example_leaves_a_lora_for_a_plain_pipeline(name, method, tmp_path, c
         assert "\n28 passes" in says and says.endswith(" 52\n")
     pipe = DiffusionPipeline.from_pretrained(HERE / "tiny" / ("lcm" if method == "rlcm" else "sd"))
     pipe.load_lora_weights(tmp_path / "run")
-    assert all(p.any() for n, p in pipe.unet.named_parameters() if "lora_B" in n)
     if method != "score":  # its times are real, a scheduler's are not
         options = dict(num_inference_steps=4, guidance_scale=3.0, height=64, width=64, output_type="pt")
         options |= {"eta": 1.0} if method == "ddpo" else {}
         noise, prompts = [torch.Generator().manual_seed(i) for i in range(3)], ["cat", "dog", "owl"]
         images = pipe(prompts, generator=noise, **options).images
         assert abs(rlcm.get_reward("compress")(images, prompts).mean().item() - after) < 2e-3
-
-
-def test_the_value_is_the_line_of_least_squares_in_the_units_of_the_advantage():
-    value, prompts, history = example("value"), ["a"] * 6 + ["b"] * 3, {}
-    r, g = torch.tensor([1.0, 2, 4, 3, 7, 5, 10, 30, 50]), torch.randn(2, 9)
-    A = rlcm.advantages(r, prompts, history, 16, 5, 1e9)  # b has too few: by the batch
-    torch.testing.assert_close(value.standardised(r[None], r, prompts, history, 5)[0], A)
-    assert not value.standardised(g, torch.ones(9), ["a"] * 9, {"a": [1.0] * 9}, 5).any()
-    V = value.value(A, torch.cat([g, torch.full((1, 9), 4.0)]))
-    for k in (0, 1):
-        line = np.stack([np.ones(9), g[k]], 1)
-        np.testing.assert_allclose(V[k], line @ np.linalg.lstsq(line, A.numpy())[0], atol=1e-5)
-        assert abs((A - V[k]) @ g[k]) < 1e-4 and abs((A - V[k]).sum()) < 1e-4
-    torch.testing.assert_close(V[2], A.mean().expand(9))  # a constant says nothing
 
 
 def test_rewards_of_other_packages_load_without_them_and_compare_texts():
