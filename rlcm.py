@@ -332,8 +332,8 @@ def train(cfg, resume=False):
 
 
 def record(run, epoch, r, kl, stats, norms):
-    """Log an epoch and save what is due. Of all processes: r (terms, B). Of this one: kl (H, n), loss and
-    log-ratio, stats (2, actions), and norms (updates,) of the gradient: BadInput if one is not finite."""
+    """Log an epoch, save what is due. r (terms, B) is of all processes; of this one are kl (H, n), stats
+    (2, actions) with loss and log-ratio, norms (updates,) of the gradient. BadInput if that is not finite."""
     cfg, rows, total, (loss, log_ratio) = run.cfg, run.rows, r.sum(0), stats
     drift = log_ratio.expm1().abs()  # |ratio - 1|
     means = {
@@ -511,6 +511,7 @@ def load_pipeline(cfg):
     require("beta_schedule" in config, f"{source} has a {found}, which has no betas: not supported")
     require(cfg.method != "rlcm" or "LCM" in found, f"{source} has a {found}: rlcm needs an LCMScheduler")
     require(config.get("prediction_type") == "epsilon", f"{source} does not predict epsilon: not supported")
+    require(not config.get("rescale_betas_zero_snr"), f"{source} has zero terminal SNR: not supported")
     require(not pipe.vae.config.get("latents_mean"), f"{source} has a VAE that shifts latents: not supported")
     require(cfg.pixels % unit == 0, f"--pixels {cfg.pixels}: {source} draws multiples of {unit}")
     if cfg.method != "rlcm":
