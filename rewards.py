@@ -40,7 +40,7 @@ def require(ok, message):
 
 def one_line(e):
     """An exception's type and message."""
-    return f"{type(e).__name__}: {' '.join(str(e).split())[:160]}"
+    return f"{type(e).__name__}: {' '.join(str(e).partition(chr(27))[0].split())[:160]}"  # no colours
 
 
 # ----------------------------------------------------------------------------------------------------- models
