@@ -78,7 +78,7 @@ def load(kind, source, device=None, **options):
         raise BadInput(message) from e
     for p in loaded.parameters() if device else ():  # DeBERTa's q_bias and v_bias come as float32
         p.data = p.data.to(options["dtype"])  # not loaded.to(dtype): LLaVA's rotary buffers must stay float32
-    return loaded.to(device) if device else loaded
+    return loaded.requires_grad_(False).to(device) if device else loaded
 
 
 # ---------------------------------------------------------------------------------------------------- rewards
@@ -116,7 +116,6 @@ def clip_pixels(images, size, mean, std):
     return (images[..., top : top + size, left : left + size] - mean) / std
 
 
-@torch.no_grad()  # without it clip, pickscore and aesthetic have gradients; the other rewards never do
 def clip_embed(images, prompts, source, processor):
     """A CLIP's embeddings of pictures and prompts, (B, E) each, of unit length, and its logit scale, ()."""
     processor = load("AutoProcessor", processor)

@@ -473,6 +473,7 @@ def load_model(cfg, accelerator=None):
     torch.backends.cuda.enable_cudnn_sdp(False)  # it may serve the rollout and not the update: ratio not 1
     pipe = load_pipeline(cfg)
     pipe.to(accelerator.device if accelerator else "cuda" if torch.cuda.is_available() else "cpu")
+    pipe.vae.requires_grad_(False)
     unet = pipe.unet.requires_grad_(False)
     layers = ["to_q", "to_k", "to_v", "to_out.0"]  # of every attention, as in both official codes
     lora = dict(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, init_lora_weights="gaussian")
@@ -549,9 +550,8 @@ def encode(pipe, prompts):
     return pipe.encode_prompt(prompts, pipe.device, 1, False)[0]  # once each, without guidance
 
 
-@torch.no_grad()
 def decode(pipe, x):
-    """Clean latents (B, C, h, w) -> pictures (B, 3, H, W) float32 in [0, 1]."""
+    """Clean latents (B, C, h, w) -> pictures (B, 3, H, W) float32 in [0, 1]; with their gradient, if any."""
     x = (x / pipe.vae.config.scaling_factor).to(pipe.vae.dtype)
     return (pipe.vae.decode(x).sample.float() / 2 + 0.5).clamp(0, 1)
 
