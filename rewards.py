@@ -256,7 +256,7 @@ def get_term(part, model):
 def checked(part, fn, scale, images, prompts):
     """scale x fn(images, prompts), (B,) float32 on the CPU. BadInput if it is not B finite real numbers."""
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(images.requires_grad):  # in rlcm.py they do not
             r = fn(images.clone(), list(prompts))  # copies: one that normalises in place spoils nothing
             r = scale * torch.as_tensor(r).float().cpu()  # float: integers must not truncate advantages
     except BadInput:

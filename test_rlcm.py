@@ -38,12 +38,10 @@ import tokenizers
 import torch
 import transformers as tf
 from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler
-from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
@@ -505,7 +503,9 @@ def found_in(sheet, images):
 
 def grid_of(run, epoch, folder, lora=None, scheduler=None, prompts=("a red cat",), **options):
     """Pictures that a user of diffusers gets, without this repository's code; found in a run's grid."""
-    pipe = DiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipe = folder
+    if not isinstance(folder, DiffusionPipeline):
+        pipe = DiffusionPipeline.from_pretrained(folder, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = (scheduler or type(pipe.scheduler)).from_config(pipe.scheduler.config)
     if lora:
@@ -659,21 +659,25 @@ def test_a_run_learns_and_its_lora_draws_its_last_grid_in_a_plain_pipeline(tmp_p
     assert (found[0] - base).abs().mean() > 0.005  # the LoRA does something
 
 
-def test_a_lora_keeps_its_strength_in_a_plain_pipeline_and_in_kohyas_format(finished, mini, tmp_path):
-    """Alpha is twice the rank. diffusers' converter writes alpha = rank without a word: half the strength."""
-    with safe_open(finished / LORA, "pt") as f:
-        alpha = json.loads(f.metadata()["lora_adapter_metadata"])["unet.lora_alpha"]
-    state = convert_state_dict_to_kohya(load_file(finished / LORA))
-    state |= {name: torch.tensor(float(alpha)) for name in state if name.endswith(".alpha")}
-    save_file(state, tmp_path / "kohya.safetensors")
-    for lora in (finished, tmp_path / "kohya.safetensors"):
-        grid_of(finished, 2, mini, lora)
+def block_of(page, word):
+    """The one Python block of a page that has the word."""
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / page).read_text(), re.S)
+    (block,) = [block for block in blocks if word in block]
+    return block
+
+
+def test_a_lora_keeps_its_strength_elsewhere(finished, mini, tmp_path, monkeypatch):
+    """Alpha is twice the rank. In a plain pipeline, one that still has a training adapter, Kohya's format."""
+    monkeypatch.chdir(tmp_path)
+    exec(block_of("docs/your-reward.md", "kohya").replace("runs/NAME", str(finished)), {})
+    trainee = rlcm.load_model(rlcm.read_config(finished)).pipe
+    for pipe, lora in ((mini, finished), (trainee, finished), (mini, tmp_path / "kohya.safetensors")):
+        grid_of(finished, 2, pipe, lora)
 
 
 def test_readme_fuses_a_lora_and_a_run_starts_from_it(mini, mini_sd, finished, tmp_path):
     """An LCM-LoRA, or another run's: epoch 0's grid is what a plain pipeline draws with it."""
-    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
-    (recipe,) = [block for block in blocks if "fuse_lora" in block]
+    recipe = block_of("README.md", "fuse_lora")
     pipe, layers = DiffusionPipeline.from_pretrained(mini_sd), ["to_q", "to_out.0", "conv1"]
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=layers, init_lora_weights=False))
     pipe.save_lora_weights(tmp_path / "lora", get_peft_model_state_dict(pipe.unet))
@@ -814,9 +818,11 @@ def fn(images, prompts):
 
 
 def test_two_processes_give_the_gradient_of_one(mini, tmp_path):
-    """By torch.distributed.run's launcher, saving every epoch."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    given = dict(model=mini, steps=3, kl=10.0, batch_size=8, lr=0.02, prompts="animals")
+    """By torch.distributed.run's launcher, saving every epoch; the second one's reward is slow."""
+    one, two, slow = tmp_path / "one", tmp_path / "two", tmp_path / "slow.py"
+    slow.write_text("""import os, time
+def fn(images, prompts): return time.sleep(float(os.environ.get("RANK", 0))) or images.mean((1, 2, 3))""")
+    given = dict(model=mini, steps=3, kl=10.0, batch_size=8, lr=0.02, prompts="animals", reward=f"{slow}:fn")
     assert start(**given, out=one) == 0
     where = dict(rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id=str(tmp_path), max_restarts=0)
     nodes = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, start_method="forkserver", **where)
@@ -1118,7 +1124,6 @@ def test_a_bad_reward_is_named(name, mine):
     assert "\n" not in str(caught.value)
 
 
-MODEL_REWARDS = ["aesthetic", "clip", "pickscore", "align"]
 BODY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
 
 
@@ -1306,57 +1311,42 @@ def test_every_script_says_how_to_use_it_and_refuses_in_one_line(path, capsys):
     assert re.fullmatch(rf"bench/{path.name}: .*no-such-flag.*\n", capsys.readouterr().err)
 
 
-@pytest.fixture(scope="session")
-def mini_run(mini, tmp_path_factory):
-    out = tmp_path_factory.mktemp("bench") / "run"
-    settings = dict(model=mini, pixels=16, epochs=2, batch_size=8, micro_batch=4, lr=0.05, out=str(out))
-    return rlcm.train(rlcm.Config(**settings))
-
-
-def test_evaluate_and_sample_draw_what_a_plain_pipeline_draws(mini, mini_run, tmp_path, monkeypatch):
+def test_evaluate_and_sample_draw_what_a_plain_pipeline_draws(mini, finished, tmp_path, monkeypatch):
     (tmp_path / "two.txt").write_text("pizza\na cat\n")
-    rows = evaluate.evaluate(mini_run, str(tmp_path / "two.txt"), steps=[1, 4], pictures=6)
+    rows = evaluate.evaluate(finished, str(tmp_path / "two.txt"), steps=[1, 2], pictures=6)
     cases = {(row["steps"], row["weights"], row["prompts"]): row for row in rows}
-    assert set(cases) == set(itertools.product((1, 4), ("base", "tuned"), ("training", "held-out")))
-    assert plot.read_rows(mini_run / "evaluation.csv") == rows and (mini_run / "evaluation.png").exists()
+    assert set(cases) == set(itertools.product((1, 2), ("base", "tuned"), ("training", "held-out")))
+    assert plot.read_rows(finished / "evaluation.csv") == rows and (finished / "evaluation.png").exists()
     drawn = []
     monkeypatch.setattr(rlcm, "sample_grid", lambda images, *_, **__: drawn.append(images))
-    sample.sample(mini_run, ["pizza", "a cat"] * 3, [1.0])
+    sample.sample(finished, ["pizza", "a cat"] * 3, [1.0])
     pipe = DiffusionPipeline.from_pretrained(mini, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     for weights, row in (("base", drawn[0][:6]), ("tuned", drawn[0][6:])):
         if weights == "tuned":
-            pipe.load_lora_weights(mini_run)
+            pipe.load_lora_weights(finished)
         g = [torch.Generator().manual_seed(i) for i in range(6)]
-        options = dict(num_inference_steps=4, guidance_scale=6.0, height=16, width=16, output_type="pt")
-        images = pipe(["pizza", "a cat"] * 3, generator=g, **options).images
+        images = pipe(["pizza", "a cat"] * 3, generator=g, output_type="pt", **DRAW).images
         torch.testing.assert_close(row, images, rtol=0, atol=1e-4)
-        r, found = rewards.compress(images, [""] * 6), cases[4, weights, "held-out"]
+        r, found = rewards.compress(images, [""] * 6), cases[2, weights, "held-out"]
         assert found["reward"] == pytest.approx(r.mean().item(), abs=0.003)
         assert found["standard_error"] == pytest.approx(r.std().item() / 6**0.5, rel=0.02)
     assert (drawn[0][:6] - drawn[0][6:]).abs().max() > 1e-3  # it has learnt
 
 
-def fake_run(folder, seed, reward_mean, **settings):
-    """What plot.py reads of a run: config.json and metrics.csv of three epochs of 8 pictures."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(asdict(rlcm.Config(seed=seed, **settings))))
-    n = enumerate(reward_mean, 1)
-    rows = [dict(seconds=2 * i, pictures=8 * i, reward_mean=r, reward_std=0.5) for i, r in n]
-    evaluate.write_rows(rows, folder / "metrics.csv")
-    return str(folder)
-
-
 def test_compare_refuses_a_run_of_other_settings(tmp_path):
-    run = tmp_path / "run"
+    run, cfg = tmp_path / "run", compare.settings(tmp_path / "run", [])
     assert not compare.finished(run, [])
-    fake_run(run, 0, [1] * compare.settings(run, []).epochs)
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps(asdict(cfg)))
+    evaluate.write_rows([{"reward_mean": 1}] * cfg.epochs, run / "metrics.csv")
     with pytest.raises(rewards.BadInput, match="remove it"):  # it never got as far as a checkpoint
         compare.finished(run, [])
     [(run / name).touch() for name in ("checkpoint.pt", "judged.csv")]
-    assert compare.finished(run, [])
-    with pytest.raises(rewards.BadInput, match="lr .*0.5"):
-        compare.finished(run, ["--lr", 0.5])
+    assert compare.finished(run, []) and not compare.finished(run, ["--epochs", 99])
+    for name, value in (("lr", 0.5), ("epochs", 9)):
+        with pytest.raises(rewards.BadInput, match=f"{name} .*{value}"):
+            compare.finished(run, [f"--{name}", value])
 
 
 def example(name):
@@ -1371,17 +1361,25 @@ def test_points_learn_to_please():
     assert np.mean(curve[-3:]) > curve[0] + 0.5
 
 
-@pytest.mark.parametrize("name, method", [("last_noise", "rlcm"), ("value", "ddpo"), ("value", "score")])
+EXAMPLES = ("last_noise", "rlcm"), ("value", "ddpo"), ("value", "score"), ("differentiable", "rlcm")
+
+
+@pytest.mark.parametrize("name, method", EXAMPLES)
 def test_an_example_leaves_a_lora_for_a_plain_pipeline(name, method, tmp_path, capsys):
     """It draws the pictures whose mean reward the example says that it ends with."""
     (tmp_path / "three.txt").write_text("cat\ndog\nowl\n")
     small = dict(epochs=2, batch_size=6, micro_batch=4, steps=4, guidance=3.0, lr=1e-2, lora_alpha=8)
+    reward, train = "clip" if name == "differentiable" else "compress", example(name).train
     files = dict(prompts=str(tmp_path / "three.txt"), out=str(tmp_path / "run"))
-    before, after = example(name).train(rlcm.Config(method=method, model="tiny", **small, **files))
+    before, after = train(rlcm.Config(reward=reward, method=method, model="tiny", **small, **files))
     says = capsys.readouterr().out
     assert f"{before:.3f} -> {after:.3f}" in says and (tmp_path / "run" / "samples.png").exists()
     if name == "last_noise":  # 2 epochs of 2 micro-batches: 4 evaluations, then 3 for each action
         assert "\n28 passes" in says and says.endswith(" 52\n")
+    if name == "differentiable":
+        assert after > before + 0.1
+        with pytest.raises(rewards.BadInput, match="compress has no gradient"):
+            train(rlcm.Config(out=str(tmp_path / "other")))
     pipe = DiffusionPipeline.from_pretrained(HERE / "tiny" / ("lcm" if method == "rlcm" else "sd"))
     pipe.load_lora_weights(tmp_path / "run")
     if method != "score":  # its times are real, a scheduler's are not
@@ -1389,7 +1387,29 @@ def test_an_example_leaves_a_lora_for_a_plain_pipeline(name, method, tmp_path, c
         options |= {"eta": 1.0} if method == "ddpo" else {}
         noise, prompts = [torch.Generator().manual_seed(i) for i in range(3)], ["cat", "dog", "owl"]
         images = pipe(prompts, generator=noise, **options).images
-        assert abs(rlcm.get_reward("compress")(images, prompts).mean().item() - after) < 2e-3
+        assert abs(rlcm.get_reward(reward, "tiny")(images, prompts).mean().item() - after) < 2e-3
+
+
+def test_both_terms_of_differentiable_are_the_whole_gradient(monkeypatch, tmp_path):
+    """Of E[r], in closed form, on Gaussians; the first term has all of the last evaluation's."""
+    m, module, found = Linear("rlcm", 4), example("differentiable"), []
+    m.pipe.scheduler = scheduler_of("rlcm")
+    stubs = dict(load_model=lambda _: m, get_reward=lambda *_: lambda images, _: quadratic(images))
+    stubs |= dict(encode=lambda _, own: torch.zeros(len(own), 1, 1), draw=lambda *_: torch.zeros(2, 1, 1, 2))
+    for name, stub in (stubs | dict.fromkeys(("save_lora", "sample_grid"), lambda *_: None)).items():
+        monkeypatch.setattr(rlcm, name, stub)
+    monkeypatch.setattr(module, "decode", lambda _, x: x)
+    note = lambda _: found.append([p.grad for p in m.trained.values()])  # noqa: E731
+    monkeypatch.setattr(torch.optim.Adam, "step", note)
+    given = dict(epochs=16, batch_size=8192, micro_batch=8192, max_grad_norm=1e9, adv_clip=1e9, min_count=1)
+    for hybrid in (False, True):
+        module.train(Config(**given, prompts="a cat", out=str(tmp_path / str(hybrid))), hybrid)
+    mean, var, _ = m.laws(*(given := m.parameters()))
+    exact = torch.stack(torch.autograd.grad((mean - 2) ** 2 + var, given))  # of -r, two numbers of a latent
+    first, both = torch.stack([torch.stack(g) for g in found]).double().chunk(2)
+    error = both.std(0).norm() / 4
+    assert error < 0.02 * exact.norm() and (both.mean(0) - exact).norm() < 3 * error
+    assert not first[..., :3].any() and (first.mean(0) - exact)[:, 3].norm() < 0.02 * exact[:, 3].norm()
 
 
 def test_rewards_of_other_packages_load_without_them_and_compare_texts():

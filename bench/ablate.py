@@ -1,31 +1,31 @@
 """The RLCM paper's own ablations on the embedded model, reward compress.
 
     python bench/ablate.py horizon                  # rlcm trained with H = 2, 4, 8 steps
-    python bench/ablate.py steps --seeds 0          # reward by steps and by seconds, base and tuned
-    python bench/ablate.py unseen --seeds 0         # animals that were not trained on
+    python bench/ablate.py steps --seeds 0          # reward by steps and by seconds, also of other prompts
     python bench/ablate.py longer --seeds 0         # 84 epochs, with and without --kl
 
-Prints a table and writes a figure, runs/ablate/WORD.png (not for unseen). Runs are trained where they are
-missing, judged on their way as in bench/compare.py, which explains the columns; other flags go to rlcm.py.
-horizon and longer have their own runs in runs/ablate; steps and unseen share those of bench/compare.py.
+Prints a table. Runs are trained where they are missing, judged on their way as in bench/compare.py, which
+explains the columns; other flags go to rlcm.py. horizon and longer have their own runs, and a figure, in
+runs/ablate; steps shares those of bench/compare.py.
 
-steps      bench/evaluate.py of rlcm and ddpo: reward of the training prompts, seconds for one picture
-unseen     reward, accuracy and retrieval for the animals of training and for 24 others (other-animals)
+steps      bench/evaluate.py of rlcm and ddpo, base and tuned, 64 pictures a row
 longer     a row every 12 epochs (--every): does the reward still rise, and what is left to recognise?
 """
+import contextlib
+import io
 import itertools
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import numpy as np
 from matplotlib.figure import Figure
 
 import rlcm
-from bench.compare import cell, judge, table, train_all
+from bench.compare import cell, table, train_all
 from bench.evaluate import evaluate
 from bench.plot import read_rows
-from bench.sample import Parser, load_lora, open_run
-from rewards import get_prompts
+from bench.sample import Parser
 
 HORIZONS = 2, 4, 8
 PENALTIES = 0, 0.005, 0.02
@@ -68,10 +68,6 @@ def draw_judged(groups, x, path):
                 axis.plot([row[x] for row in rows], [row[column] for row in rows], color=colour, label=label)
         axis.set(xlabel=x, ylabel=column)
     axes[0].legend(frameon=False)
-    save(figure, path)
-
-
-def save(figure, path):
     figure.savefig(path, dpi=110)
     print(f"wrote {path}")
 
@@ -93,43 +89,21 @@ def longer(args):
 
 
 def steps(args):
-    """Base and tuned: reward against the number of steps and against the time that they take."""
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for colour, (method, runs) in zip(COLOURS, compared(args).items()):
-        for i, run in enumerate(runs):
-            print(f"\n{run}")
-            rows = [row for row in evaluate(run, pictures=args.pictures) if row["prompts"] == "training"]
-            for weights, style in (("base", "--"), ("tuned", "-")):
-                line = [row for row in rows if row["weights"] == weights]
-                label = f"{method}, {weights}" if i == 0 else None
-                for axis, x in zip(axes, ("steps", "seconds")):
-                    x, y = [row[x] for row in line], [row["reward"] for row in line]
-                    axis.plot(x, y, style, marker="o", color=colour, label=label)
-    axes[0].set(xlabel="evaluations of the network for one picture", ylabel="reward: compress", xscale="log")
-    axes[1].set(xlabel="seconds for one picture", xscale="log")
-    axes[1].tick_params(axis="x", which="minor", labelbottom=False)
-    axes[0].legend(frameon=False)
-    save(figure, args.out / "steps.png")
-
-
-def unseen(args):
-    """Base and tuned: the animals that were trained on, and others. A table only."""
-    methods, sets = compared(args), ("animals", "other-animals")
-    show("")
-    for method, runs in methods.items():
+    """By number of steps, base and tuned: reward of the training and of other prompts, seconds a picture."""
+    print(f"{'':28}{'training prompts':32}{'held-out prompts':32}seconds")
+    for method, runs in compared(args).items():
+        with contextlib.redirect_stdout(io.StringIO()):
+            tables = [evaluate(run, pictures=args.pictures) for run in runs]  # (seeds, rows)
         found = {}
-        for run in runs:
-            cfg, model = open_run(run)
-            for weights, name in itertools.product(("base", "tuned"), sets):
-                if (weights, name) == ("tuned", sets[0]):
-                    load_lora(model, run)
-                found.setdefault((weights, name), []).append(judge(model, cfg, get_prompts(name)))
-        for (weights, name), rows in found.items():
-            show(f"{method}, {weights}, {name}", rows)
+        for same in zip(*tables):
+            title = "{}, {weights}, {steps} steps".format(method, **same[0])
+            found.setdefault(title, []).append(cell([row["reward"] for row in same], 3))
+            seconds = np.mean([row["seconds"] for row in same])
+            if len(found[title]) == 2:
+                print(f"{title:28}{found[title][0]:32}{found[title][1]:32}{seconds:.4f}", flush=True)
 
 
-WORDS = {"horizon": horizon, "steps": steps, "unseen": unseen, "longer": longer}
+WORDS = {"horizon": horizon, "steps": steps, "longer": longer}
 
 
 def main(argv=None):

@@ -4,9 +4,10 @@
     python bench/compare.py --rewards compress incompress --methods rlcm ddpo --seeds 0 1
     python bench/compare.py --jobs 2 --epochs 20              # two runs at a time; other flags go to rlcm.py
 
-Runs land in runs/compare/REWARD-METHOD-SEED. A finished one is not run again, one that was stopped goes on,
-one that was made with other settings is refused. Every --save-every epochs a run draws 200 fixed captions
-from fixed noise, as a plain pipeline does, and writes a row to its judged.csv. Its clock stands still then.
+Runs land in runs/compare/REWARD-METHOD-SEED. One that was stopped goes on, and so does a finished one when
+--epochs asks for more; one that was made with other settings is refused. Every --save-every epochs a run
+draws 200 fixed captions from fixed noise, as a plain pipeline does, and adds a row to its judged.csv. Its
+clock stands still then.
 
 reward      mean over the 200 pictures
 accuracy    share of them whose nearest training picture (pixel L2) carries the caption: what is still there
@@ -120,7 +121,8 @@ def finished(out, flags):
     early = f"{out} was stopped before its first checkpoint: remove it, it will be made anew"
     rlcm.require((out / "checkpoint.pt").exists() and (out / "judged.csv").exists(), early)
     old, new = asdict(rlcm.read_config(out)), asdict(cfg)
-    other = [name for name in new if old[name] != new[name] and name != "out"]
+    other = [name for name in new if old[name] != new[name] and name not in ("out", "epochs")]
+    other += ["epochs"] if old["epochs"] > new["epochs"] else []
     other = [f"{name} {old[name]}, not {new[name]}" for name in other]
     message = f"{out} has other settings ({'; '.join(other)}): remove it, or give another --out"
     rlcm.require(not other, message)

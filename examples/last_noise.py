@@ -25,6 +25,7 @@ import torch
 import rlcm
 from rlcm import advantages, decode, log_prob, rlcm_policy, rlcm_schedule, rollout
 
+SETTINGS = dict(epochs=18, lr=1.2e-3)  # and Config's: rlcm on tiny
 NOISE = 0.3  # std on the clean latent, where pictures have about 1
 
 
@@ -81,10 +82,9 @@ def train(cfg):
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("--epochs", 18), ("--batch-size", 64), ("--seed", 0)):
+    for name, default in (("--epochs", SETTINGS["epochs"]), ("--batch-size", 64), ("--seed", 0)):
         p.add_argument(name, type=int, default=default)
     p.add_argument("--out", default="runs/last-noise", help="a new folder")
-    p.add_argument("--model", default="tiny", help="for another than tiny change the settings below, too")
+    p.add_argument("--model", default="tiny", help="for another than tiny change the settings above, too")
     rlcm.quiet()
-    settings = dict(steps=4, lr=1.2e-3, guidance=6.0, lora_rank=16, lora_alpha=16, micro_batch=32)
-    train(rlcm.Config(**settings, **vars(p.parse_args())))
+    train(rlcm.Config(**SETTINGS | vars(p.parse_args())))

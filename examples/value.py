@@ -20,6 +20,9 @@ import torch
 import rlcm
 from rlcm import advantages, decode, log_prob, policy_loss, rollout
 
+SETTINGS = dict(method="score", steps=6, epochs=8, lr=5e-3, guidance=3.0, lora_rank=4, lora_alpha=4)
+# or of ddpo: steps=5, lr=3e-3
+
 
 def predicted(x, mean, ab, ab_next):
     """The clean latent that the network saw in x when it gave this mean: (B, C, h, w) twice."""
@@ -91,10 +94,9 @@ def train(cfg):
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("--epochs", 8), ("--batch-size", 64), ("--seed", 0)):
+    for name, default in (("--epochs", SETTINGS["epochs"]), ("--batch-size", 64), ("--seed", 0)):
         p.add_argument(name, type=int, default=default)
     p.add_argument("--out", default="runs/value", help="a new folder")
-    p.add_argument("--model", default="tiny", help="for another than tiny change the settings below, too")
+    p.add_argument("--model", default="tiny", help="for another than tiny change the settings above, too")
     rlcm.quiet()
-    settings = dict(method="score", steps=6, lr=5e-3, guidance=3.0, lora_rank=4, lora_alpha=4)
-    train(rlcm.Config(**settings, **vars(p.parse_args())))  # or of ddpo: steps=5, lr=3e-3
+    train(rlcm.Config(**SETTINGS | vars(p.parse_args())))
