@@ -1,7 +1,7 @@
 """The examples beside rlcm.py on the same task: what do they save, and what do they cost?
 
     python bench/extensions.py last-noise         # compress: one action with the last noise; rlcm
-    python bench/extensions.py value              # compress: score with a value function; without
+    python bench/extensions.py value              # compress: score with a value function; without it
     python bench/extensions.py differentiable     # clip: back-propagation, policy gradient, both
 
 Every two epochs a run draws the 200 fixed captions of bench/compare.py, which explains reward, accuracy and
@@ -32,22 +32,19 @@ from bench.plot import read_rows
 from bench.sample import Parser
 from examples import differentiable, last_noise, value
 
-score = rlcm.preset("score", "tiny")
-clip = dict(differentiable.SETTINGS)
 WORDS = {  # {name: the function that trains, its settings}
     "last-noise": {
         "last noise": (last_noise.train, last_noise.SETTINGS),
         "rlcm": (rlcm.train, dict(epochs=36)),
     },
     "value": {
-        "value": (value.train, value.SETTINGS),
-        "score": (rlcm.train, score),
-        "score, value's settings": (rlcm.train, value.SETTINGS),
+        "value": (value.train, value.SETTINGS | dict(epochs=10)),
+        "score": (rlcm.train, value.SETTINGS | dict(epochs=18)),
     },
     "differentiable": {
-        "last evaluation": (differentiable.train, clip),
-        "rlcm": (rlcm.train, clip),
-        "both": (partial(differentiable.train, hybrid=True), clip),
+        "last evaluation": (differentiable.train, differentiable.SETTINGS),
+        "rlcm": (rlcm.train, differentiable.SETTINGS),
+        "both": (partial(differentiable.train, hybrid=True), differentiable.SETTINGS),
     },
 }
 
