@@ -2,14 +2,14 @@
 
     python bench/ablate.py horizon                  # rlcm trained with H = 2, 4, 8 steps
     python bench/ablate.py steps --seeds 0          # reward by steps and by seconds, also of other prompts
-    python bench/ablate.py longer --seeds 0         # 84 epochs, with and without --kl
+    python bench/ablate.py longer --seeds 0         # 54 epochs, with and without --kl
 
 Prints a table. Runs are trained where they are missing, judged on their way as in bench/compare.py, which
 explains the columns; other flags go to rlcm.py. horizon and longer have their own runs, and a figure, in
 runs/ablate; steps shares those of bench/compare.py.
 
 steps      bench/evaluate.py of rlcm and ddpo, base and tuned, 64 pictures a row
-longer     a row every 12 epochs (--every): does the reward still rise, and what is left to recognise?
+longer     a row every 9 epochs (--every): does the reward still rise, and what is left to recognise?
 """
 import contextlib
 import io
@@ -79,7 +79,7 @@ def horizon(args):
 
 
 def longer(args):
-    parts = {f"kl-{kl:g}": ["--kl", kl, "--epochs", 84, "--save-every", args.every] for kl in PENALTIES}
+    parts = {f"kl-{kl:g}": ["--kl", kl, "--epochs", 54, "--save-every", args.every] for kl in PENALTIES}
     groups = trained(args, parts, args.out)
     show("")
     for name, runs in groups.items():
@@ -114,7 +114,7 @@ def main(argv=None):
     p.add_argument("--out", type=Path, default=Path("runs/ablate"), help="figures and runs")
     p.add_argument("--compare", type=Path, default=Path("runs/compare"), help="runs of bench/compare.py")
     p.add_argument("--pictures", type=int, default=64, help="steps: for each row of the table")
-    p.add_argument("--every", type=int, default=12, help="longer: epochs between rows")
+    p.add_argument("--every", type=int, default=9, help="longer: epochs between rows")
 
     def work(args):
         rlcm.require(args.every > 0 and args.jobs > 0, "--every and --jobs: at least 1")
