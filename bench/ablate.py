@@ -4,8 +4,8 @@
     python bench/ablate.py steps --seeds 0          # reward by steps and by seconds, also of other prompts
     python bench/ablate.py longer --seeds 0         # 54 epochs, with and without --kl
 
-Prints a table. Runs are trained where they are missing, judged on their way as in bench/compare.py, which
-explains the columns; other flags go to rlcm.py. horizon and longer have their own runs, and a figure, in
+Prints a table. Missing runs are trained, and judged during training as in bench/compare.py, which explains
+the columns; other flags go to rlcm.py. horizon and longer have their own runs, and a figure, in
 runs/ablate; steps shares those of bench/compare.py.
 
 steps      bench/evaluate.py of rlcm and ddpo, base and tuned, 64 pictures a row

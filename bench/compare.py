@@ -6,12 +6,12 @@
 
 Runs land in runs/compare/REWARD-METHOD-SEED. One that was stopped goes on, and so does a finished one when
 --epochs asks for more; one that was made with other settings is refused. Every --save-every epochs a run
-draws 200 fixed captions from fixed noise, as a plain pipeline does, and adds a row to its judged.csv. Its
-clock stands still then.
+draws 200 fixed captions from fixed noise, as a plain pipeline does, and adds a row to its judged.csv. That
+time is not counted.
 
 reward      mean over the 200 pictures
-accuracy    share of them whose nearest training picture (pixel L2) carries the caption: what is still there
-            to be recognised, for a reward can be had by spoiling pictures
+accuracy    share of them whose nearest training picture (pixel L2) has the same caption: how recognisable
+            they still are, since spoiling pictures can raise a reward
 retrieval   share whose caption is the nearest of all to tiny/clip
 gain        reward of the last three epochs less that of the first three, in standard deviations of the first
             epoch's rewards, from metrics.csv
@@ -44,7 +44,7 @@ from bench.plot import curves, read_metrics, read_rows
 from bench.sample import Parser
 from tiny import make_tiny
 
-TARGETS = {"compress": -2.25}  # a reward that every method reaches
+TARGETS = {"compress": -2.25}  # a reward that most runs reach
 ACCURACY = 0.85
 
 

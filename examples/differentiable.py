@@ -1,7 +1,7 @@
-"""A reward that has a gradient needs no policy gradient: send it back through the last evaluation.
+"""Back-propagate a differentiable reward through the last evaluation, DRaFT-1 (arXiv 2309.17400).
 
-    python examples/differentiable.py               # reward clip, half a minute: pictures, a LoRA
-    python examples/differentiable.py --hybrid      # and the policy gradient of the steps before it
+    python examples/differentiable.py               # reward clip, half a minute: a LoRA
+    python examples/differentiable.py --hybrid --out runs/hybrid      # adds RLCM's policy gradient
 
 A consistency model's last evaluation adds no noise, x_H = f(x_{H-1}). It is no action, so RLCM's gradient
 leaves it out. Where the reward has a gradient it need not: with x_{k+1} ~ p_theta(x_{k+1} | x_k) before it,
@@ -9,8 +9,9 @@ leaves it out. Where the reward has a gradient it need not: with x_{k+1} ~ p_the
     J(theta) = E[ r(decode(f_theta(x_{H-1}))) ]
     grad J   = E[ grad r(decode(f_theta(x_{H-1}))) + sum_{k<H-1} A grad log p_theta(x_{k+1} | x_k) ]
 
-The first term takes x_{H-1} as given: one backward pass through reward, decoder and network, and none of the
-noise is the whole gradient of J (RTDMD, arXiv 2605.26108, adds the two for distilled models).
+The first term holds x_{H-1} fixed: one backward pass through reward, decoder and network, and no noise of a
+policy gradient. Alone it is DRaFT-1. The second is RLCM's; with --hybrid the sum is the whole gradient of J
+(RTDMD, arXiv 2605.26108, also uses both).
 
 Rewards with a gradient: clip, pickscore, aesthetic, and your own if it is made of torch functions.
 """
@@ -25,7 +26,7 @@ import torch
 import rlcm
 from rlcm import advantages, decode, log_prob, rlcm_policy, rlcm_schedule, rollout
 
-SETTINGS = dict(reward="clip", epochs=20, lr=1.2e-3)  # and Config's: rlcm on tiny
+SETTINGS = dict(reward="clip", epochs=12, lr=1.2e-3)  # and Config's: rlcm on tiny
 
 
 def train(cfg, hybrid=False):
@@ -55,7 +56,7 @@ def train(cfg, hybrid=False):
             parts.append((x, r.detach()[None]))
         x, r = (torch.cat(part, 1) for part in zip(*parts))
 
-        # 3. second term: the policy gradient, in the reward's own units and summed over the latent
+        # 3. second term: policy gradient; A in units of r again, log-prob summed over the latent
         if hybrid:
             A = advantages(r[0], own, history, cfg.buffer_size, cfg.min_count, cfg.adv_clip) * r.std()
             A = A.to(model.device) * x[0, 0].numel()
@@ -82,8 +83,9 @@ if __name__ == "__main__":
     for name, default in (("--epochs", SETTINGS["epochs"]), ("--batch-size", 64), ("--seed", 0)):
         p.add_argument(name, type=int, default=default)
     p.add_argument("--reward", default=SETTINGS["reward"], help="one with a gradient")
+    p.add_argument("--prompts", default="animals", help="as --prompts of rlcm.py")
     p.add_argument("--out", default="runs/differentiable", help="a new folder")
-    p.add_argument("--model", default="tiny", help="for another than tiny change the settings above, too")
+    p.add_argument("--model", default="tiny", help="for another than tiny edit SETTINGS, too")
     args = vars(p.parse_args())
     rlcm.quiet()
     hybrid = args.pop("hybrid")

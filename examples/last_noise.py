@@ -1,19 +1,18 @@
-"""RLCM with one action, the last: noise on the clean latent, judged against its mirror image.
+"""RLCM with one action, the last: noise on the clean latent, scored against its antithetic sample.
 
-    python examples/last_noise.py             # a minute or two on one core: pictures before and after, a LoRA
+    python examples/last_noise.py             # half a minute on one core: pictures before and after, a LoRA
     python examples/last_noise.py --seed 1 --out runs/last-noise-1
 
 A consistency model's last evaluation adds no noise, and rlcm.py trains the H - 1 steps before it. Here it
 does add some, 0.3 z on the clean latent, and is the only action. Nothing random follows, so a picture can be
-compared with the one that -z would have made: R = (r - r_mirror) / 2. The two have all else in common, and R
-is about the action alone. One step in H is trained: half the passes of the papers' actions.
+compared with the one that -z would have made: R = (r - r_mirror) / 2. The pair shares everything else, so R
+isolates the action. One step in H is trained: half the passes of the papers' actions, but two rewards.
 
-What it optimises: the reward of pictures with this noise on them, through the last evaluation alone. The
-steps before it are held fixed: what the LoRA does to them is not in the gradient. R grad log p is unbiased at
-one update for a rollout, because -z is as likely as z and turns grad log p round. With more updates the
-surrogate E[ratio R] would be (J(d) - J(-d)) / 2 for a change d of the mean, which has no curvature: it cannot
-see that a step was too long. So there is one. Nor is there a KL penalty: R is standardised by the std of R,
-and lambda would be in other units than in rlcm.py.
+It optimises the reward of pictures with this noise on them, through the last evaluation alone: what the LoRA
+does to the steps before is not in the gradient. With one update per rollout R grad log p is unbiased: -z is as
+likely as z and flips the sign of grad log p. With more, the surrogate E[ratio R] is (J(d) - J(-d)) / 2 for a
+change d of the mean, which has no curvature and cannot see that a step was too long. So there is one update,
+and no KL penalty: R is standardised by its own std, so lambda would have other units than in rlcm.py.
 """
 import argparse
 import sys
@@ -85,6 +84,6 @@ if __name__ == "__main__":
     for name, default in (("--epochs", SETTINGS["epochs"]), ("--batch-size", 64), ("--seed", 0)):
         p.add_argument(name, type=int, default=default)
     p.add_argument("--out", default="runs/last-noise", help="a new folder")
-    p.add_argument("--model", default="tiny", help="for another than tiny change the settings above, too")
+    p.add_argument("--model", default="tiny", help="for another than tiny edit SETTINGS, too")
     rlcm.quiet()
     train(rlcm.Config(**SETTINGS | vars(p.parse_args())))

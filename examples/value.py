@@ -1,14 +1,14 @@
-"""Scores as Actions with a value function: the reward of the picture that the network foresees.
+"""Scores as Actions with a value function: the reward of the picture predicted at each step.
 
-    python examples/value.py               # some three minutes on one core: pictures before and after, a LoRA
+    python examples/value.py               # two minutes on one core: pictures before and after, a LoRA
 
 At x_k, before the action is chosen, the network predicts a clean latent, and the reward g_k of its picture
-tells much of what the finished one will get. What was to be expected is no merit of the action:
+predicts much of the final reward. Subtract that expected part from the advantage:
 
     A_k = (r - mean r) / std r - V(x_k),    V(x_k) = a_k + b_k (g_k - mean r) / std r
 
 with a_k and b_k by least squares over the batch. V looks at the state alone, so that the gradient has less
-variance and the same mean (but for 1/B: a_k and b_k know the batch). The price: a decode and a reward a step.
+variance and the same mean, up to O(1/B), as a_k and b_k know the batch. Cost: a decode and a reward per step.
 """
 import argparse
 import sys
@@ -21,7 +21,6 @@ import rlcm
 from rlcm import advantages, decode, log_prob, policy_loss, rollout
 
 SETTINGS = dict(method="score", steps=6, epochs=8, lr=5e-3, guidance=3.0, lora_rank=4, lora_alpha=4)
-# or of ddpo: steps=5, lr=3e-3
 
 
 def predicted(x, mean, ab, ab_next):
@@ -97,6 +96,6 @@ if __name__ == "__main__":
     for name, default in (("--epochs", SETTINGS["epochs"]), ("--batch-size", 64), ("--seed", 0)):
         p.add_argument(name, type=int, default=default)
     p.add_argument("--out", default="runs/value", help="a new folder")
-    p.add_argument("--model", default="tiny", help="for another than tiny change the settings above, too")
+    p.add_argument("--model", default="tiny", help="for another than tiny edit SETTINGS, too")
     rlcm.quiet()
     train(rlcm.Config(**SETTINGS | vars(p.parse_args())))
