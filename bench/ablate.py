@@ -5,11 +5,12 @@
     python bench/ablate.py longer --seeds 0         # 54 epochs, with and without --kl
 
 Prints a table. Missing runs are trained, and judged during training as in bench/compare.py, which explains
-the columns; other flags go to rlcm.py. horizon and longer have their own runs, and a figure, in
-runs/ablate; steps shares those of bench/compare.py.
+the columns; other flags go to rlcm.py. horizon and longer have their own runs in runs/ablate; steps shares
+those of bench/compare.py.
 
 steps      bench/evaluate.py of rlcm and ddpo, base and tuned, 64 pictures a row
-longer     a row every 9 epochs (--every): does the reward still rise, and what is left to recognise?
+longer     a row every 9 epochs (--every): does the reward still rise, and what is left to recognise? Draws
+           the pictures of the first seed along it, one column of them for each penalty: longer.png
 """
 import contextlib
 import io
@@ -19,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
-from matplotlib.figure import Figure
+from PIL import Image
 
 import rlcm
 from bench.compare import cell, table, train_all
@@ -30,7 +31,6 @@ from bench.sample import Parser
 HORIZONS = 2, 4, 8
 PENALTIES = 0, 0.005, 0.02
 COLUMNS = "reward", "accuracy", "retrieval"
-COLOURS = "C0", "C1", "C2", "C3"
 
 
 def trained(args, parts, folder):
@@ -57,25 +57,18 @@ def show(title, rows=()):
     print(f"{title:28}" + "".join(f"{text:32}" for text in cells).rstrip(), flush=True)
 
 
-def draw_judged(groups, x, path):
-    """The runs' judged.csv: a panel for each column, a colour for each group, a line for each seed."""
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
-    axes = figure.subplots(1, len(COLUMNS))
-    for axis, column in zip(axes, COLUMNS):
-        for colour, (name, runs) in zip(COLOURS, groups.items()):
-            for i, run in enumerate(runs):
-                rows, label = read_rows(run / "judged.csv"), name if i == 0 else None
-                axis.plot([row[x] for row in rows], [row[column] for row in rows], color=colour, label=label)
-        axis.set(xlabel=x, ylabel=column)
-    axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=110)
+def draw_grids(runs, path):
+    """The first four pictures of each run's sample grids, epochs one below the other, runs side by side."""
+    columns = []
+    for run in runs:
+        sheets = [np.asarray(Image.open(sheet)) for sheet in sorted((run / "samples").glob("*.png"))]
+        columns.append(np.concatenate([sheet[:164, :512] for sheet in sheets]))  # the first line, four tiles
+    Image.fromarray(np.concatenate(columns, 1)).quantize(128).save(path)
     print(f"wrote {path}")
 
 
 def horizon(args):
-    groups = trained(args, {f"H-{H}": ["--steps", H] for H in HORIZONS}, args.out)
-    table(groups, -2.25)
-    draw_judged(groups, "passes", args.out / "horizon.png")
+    table(trained(args, {f"H-{H}": ["--steps", H] for H in HORIZONS}, args.out), -2.25)
 
 
 def longer(args):
@@ -85,7 +78,7 @@ def longer(args):
     for name, runs in groups.items():
         for same in zip(*(read_rows(run / "judged.csv") for run in runs)):
             show(f"{name}, epoch {same[0]['epoch']:.0f}", same)
-    draw_judged(groups, "epoch", args.out / "longer.png")
+    draw_grids([runs[0] for runs in groups.values()], args.out / "longer.png")
 
 
 def steps(args):

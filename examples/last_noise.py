@@ -9,10 +9,11 @@ compared with the one that -z would have made: R = (r - r_mirror) / 2. The pair 
 isolates the action. One step in H is trained: half the passes of the papers' actions, but two rewards.
 
 It optimises the reward of pictures with this noise on them, through the last evaluation alone: what the LoRA
-does to the steps before is not in the gradient. With one update per rollout R grad log p is unbiased: -z is as
-likely as z and flips the sign of grad log p. With more, the surrogate E[ratio R] is (J(d) - J(-d)) / 2 for a
-change d of the mean, which has no curvature and cannot see that a step was too long. So there is one update,
-and no KL penalty: R is standardised by its own std, so lambda would have other units than in rlcm.py.
+does to the steps before is not in the gradient. With one update per rollout R grad log p is unbiased: -z is
+as likely as z and flips the sign of grad log p. With more, the surrogate E[ratio R] is (J(d) - J(-d)) / 2
+for a change d of the mean, which has no curvature and cannot see that a step was too long. So there is one
+update, and no KL penalty: R is standardised by its own std, so lambda would have other units than in
+rlcm.py.
 """
 import argparse
 import sys
