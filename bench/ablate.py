@@ -10,7 +10,7 @@ those of bench/compare.py.
 
 steps      bench/evaluate.py of rlcm and ddpo, base and tuned, 64 pictures a row
 longer     a row every 9 epochs (--every): does the reward still rise, and what is left to recognise? Draws
-           the pictures of the first seed along it, one column of them for each penalty: longer.png
+           the pictures of the first seed along it, one column of them for each penalty: longer.webp
 """
 import contextlib
 import io
@@ -63,7 +63,7 @@ def draw_grids(runs, path):
     for run in runs:
         sheets = [np.asarray(Image.open(sheet)) for sheet in sorted((run / "samples").glob("*.png"))]
         columns.append(np.concatenate([sheet[:164, :512] for sheet in sheets]))  # the first line, four tiles
-    Image.fromarray(np.concatenate(columns, 1)).quantize(128).save(path)
+    Image.fromarray(np.concatenate(columns, 1)).save(path)
     print(f"wrote {path}")
 
 
@@ -78,7 +78,7 @@ def longer(args):
     for name, runs in groups.items():
         for same in zip(*(read_rows(run / "judged.csv") for run in runs)):
             show(f"{name}, epoch {same[0]['epoch']:.0f}", same)
-    draw_grids([runs[0] for runs in groups.values()], args.out / "longer.png")
+    draw_grids([runs[0] for runs in groups.values()], args.out / "longer.webp")
 
 
 def steps(args):
