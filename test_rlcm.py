@@ -1306,7 +1306,8 @@ def test_every_script_says_how_to_use_it_and_refuses_in_one_line(path, capsys):
     with pytest.raises(SystemExit) as end:
         module.main(["--help"])
     assert end.value.code == 0 and f"python bench/{path.name}" in capsys.readouterr().out
-    needed = {"ablate": ["horizon"], "evaluate": ["run"], "plot": ["run"], "sample": ["run", "a cat"]}
+    needed = {"ablate": ["horizon"], "extensions": ["value"], "evaluate": ["run"], "plot": ["run"]}
+    needed["sample"] = ["run", "a cat"]
     assert module.main([*needed.get(path.stem, []), "--no-such-flag"]) == 2
     assert re.fullmatch(rf"bench/{path.name}: .*no-such-flag.*\n", capsys.readouterr().err)
 
