@@ -2,16 +2,17 @@
 
     python -m venv /tmp/peer && /tmp/peer/bin/pip install -r requirements.txt PINS      # see below
     python bench/peer_trl.py --python /tmp/peer/bin/python
+    python bench/peer_trl.py --python ... --trl-micro-batch 1         # its default beside ours
     python bench/peer_trl.py --python ... --batch-size 4 --micro-batch 4 --steps 2 --rounds 1     # a try
 
 PINS are trl==0.23.1, the last release with DDPOTrainer, and datasets==5.2.0 pandas==3.1.1, which it imports;
 so both trainers run on the same libraries.
 
-Both run side by side, each in a process of its own, at the same micro-batch. A trainer waits on a pipe until
-it is told to do its next epoch, so only one computes at a time; every round asks each for one epoch, in turns
-forwards and backwards, so that the machine's noise hits both. The first epoch of each, with all loading, is
-not counted. An epoch lasts from the end of one epoch's last optimizer step to the end of the next one's, by
-the same hook in torch.
+Both run side by side, each in a process of its own, at the same micro-batch unless told otherwise. A trainer
+waits on a pipe until it is told to do its next epoch, so only one computes at a time; every round asks each
+for one epoch, in turns forwards and backwards, so that the machine's noise hits both. The first epoch of
+each, with all loading, is not counted. An epoch lasts from the end of one epoch's last optimizer step to the
+end of the next one's, by the same hook in torch.
 
 Equal    tiny/sd with SD 1.5's schedule (noise in every step, as TRL wants it); fp32, CPU, threads; pictures
          an epoch; DDIM steps, eta 1; guidance in rollout and update; the 45 animals; rewards.compress; LoRA
@@ -142,6 +143,7 @@ class Trainer:
         self.name, self.epochs, self.log = who, [], folder / f"{who}.log"
         names = *SHARED[1:], "threads"
         job = {name: getattr(args, name) for name in names} | {"who": who, "model": str(folder / "sd")}
+        job["micro_batch"] = who == "trl" and args.trl_micro_batch or args.micro_batch
         env = os.environ | {"OMP_NUM_THREADS": str(args.threads), "CUDA_VISIBLE_DEVICES": ""}
         env |= {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
         command = [python, __file__, "--worker", json.dumps(job | {"out": str(folder / who)})]
@@ -206,6 +208,7 @@ def main(argv=None):
     p.add_argument("--python", default=sys.executable, help="of an environment with TRL")
     p.add_argument("--batch-size", type=int, default=64, help="pictures in an epoch")
     p.add_argument("--micro-batch", type=int, default=32, help="of both")
+    p.add_argument("--trl-micro-batch", type=int, help="of TRL alone; its own default is 1")
     p.add_argument("--steps", type=int, default=10, help="DDIM steps")
     p.add_argument("--updates", type=int, default=1, help="optimizer steps in an epoch")
     p.add_argument("--guidance", type=float, default=3.0)
