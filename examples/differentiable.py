@@ -1,6 +1,6 @@
 """Back-propagate a differentiable reward through the last evaluation, DRaFT-1 (arXiv 2309.17400).
 
-    python examples/differentiable.py               # reward clip, half a minute: a LoRA
+    python examples/differentiable.py               # reward clip, twenty seconds: a LoRA
     python examples/differentiable.py --hybrid --out runs/hybrid      # adds RLCM's policy gradient
 
 A consistency model's last evaluation adds no noise, x_H = f(x_{H-1}). It is no action, so RLCM's gradient
