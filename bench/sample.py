@@ -79,7 +79,7 @@ def sample(run, prompts, strengths=(1.0,), out=None):
     for strength in strengths:
         model.pipe.set_adapters(model.pipe.get_active_adapters(), strength)
         images.append(rlcm.draw(model, cfg, prompts))
-        name = "tuned" if strength == 1 else f"{strength:g} of the LoRA"
+        name = "tuned" if strength == 1 else f"x {strength:g}"
         captions += [f"{prompt}, {name}" for prompt in prompts]
     rlcm.sample_grid(torch.cat(images), captions, path, str(run), columns=len(prompts))
     return path

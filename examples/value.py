@@ -1,6 +1,6 @@
 """Scores as Actions with a value function: the reward of the picture predicted at each step.
 
-    python examples/value.py               # two minutes on one core: pictures before and after, a LoRA
+    python examples/value.py               # a minute on one core: pictures before and after, a LoRA
 
 At x_k, before the action is chosen, the network predicts a clean latent, and the reward g_k of its picture
 predicts much of the final reward. Subtract that expected part from the advantage:
