@@ -44,13 +44,6 @@ def trained(args, parts, folder):
     return groups
 
 
-def compared(args):
-    """bench/compare.py's runs of rlcm and ddpo."""
-    parts = {f"compress-{method}": ["--method", method] for method in ("rlcm", "ddpo")}
-    groups = trained(args, parts, args.compare)
-    return {name.removeprefix("compress-"): runs for name, runs in groups.items()}
-
-
 def show(title, rows=()):
     """A line of a table: mean and each seed. Without rows its heading."""
     cells = [cell([row[name] for row in rows], 3) if rows else name for name in COLUMNS]
@@ -84,12 +77,13 @@ def longer(args):
 def steps(args):
     """By number of steps, base and tuned: reward of the training and of other prompts, seconds a picture."""
     print(f"{'':28}{'training prompts':32}{'held-out prompts':32}seconds")
-    for method, runs in compared(args).items():
+    parts = {f"compress-{method}": ["--method", method] for method in ("rlcm", "ddpo")}
+    for method, runs in trained(args, parts, args.compare).items():
         with contextlib.redirect_stdout(io.StringIO()):
             tables = [evaluate(run, pictures=args.pictures) for run in runs]  # (seeds, rows)
         found = {}
         for same in zip(*tables):
-            title = "{}, {weights}, {steps} steps".format(method, **same[0])
+            title = "{}, {weights}, {steps} steps".format(method.removeprefix("compress-"), **same[0])
             found.setdefault(title, []).append(cell([row["reward"] for row in same], 3))
             seconds = np.mean([row["seconds"] for row in same])
             if len(found[title]) == 2:

@@ -34,6 +34,7 @@ def train(cfg, hybrid=False):
     out = Path(cfg.out)
     out.mkdir(parents=True)
     model, prompts = rlcm.load_model(cfg), rlcm.get_prompts(cfg.prompts)
+    rlcm.rewards.DTYPE.clear()  # reward models in float32 on a GPU, too: gradients underflow in float16
     reward = rlcm.get_reward(cfg.reward, cfg.model)
     s = rlcm_schedule(model.pipe.scheduler, cfg.steps)
     noisy = SimpleNamespace(**vars(s) | {"std": s.std[:-1]})  # all steps but the last
