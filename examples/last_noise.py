@@ -37,7 +37,7 @@ def train(cfg):
     reward = rlcm.get_reward(cfg.reward, cfg.model)
     s, k = rlcm_schedule(model.pipe.scheduler, cfg.steps), cfg.steps - 1
     s.std[k], s.actions = NOISE, [k]
-    optimizer, history, passes = torch.optim.Adam(model.trained.values(), cfg.lr), {}, 0
+    optimizer, history = torch.optim.Adam(model.trained.values(), cfg.lr), {}
     micro = [slice(i, i + cfg.micro_batch) for i in range(0, cfg.batch_size, cfg.micro_batch)]
     before = rlcm.draw(model, cfg, prompts)  # without the noise
     for epoch in range(1, cfg.epochs + 1):
@@ -53,7 +53,6 @@ def train(cfg):
             r = reward(decode(model.pipe, x[-1]), own[b])
             r_mirror = reward(decode(model.pipe, 2 * mean[k] - x[-1]), own[b])
             parts.append((x[k], x[-1], r, r_mirror))
-            passes += cfg.steps
         x, x_next, r, r_mirror = (torch.cat(part) for part in zip(*parts))
 
         # 3. advantage: how much better than the mirror image, in standard deviations
@@ -65,18 +64,15 @@ def train(cfg):
             mean, std = rlcm_policy(model.eps, x[b], k, c[b], s)
             loss = -A[b] * log_prob(x_next[b], mean, std)
             (loss.sum() / cfg.batch_size).backward()
-            passes += 3  # the backward counts as two
         torch.nn.utils.clip_grad_norm_(model.trained.values(), cfg.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        print(f"epoch {epoch:3d}   reward with the noise {r.mean():.3f}   passes {passes}", flush=True)
+        print(f"epoch {epoch:3d}   reward with the noise {r.mean():.3f}", flush=True)
     rlcm.save_lora(model.pipe, out)
     both = before, rlcm.draw(model, cfg, prompts)
     rewards = [reward(images, prompts).mean().item() for images in both]
     rlcm.sample_grid(torch.cat([v[:8] for v in both]), prompts[:8] * 2, out / "samples.png", "below: tuned")
     print(f"reward without the noise {rewards[0]:.3f} -> {rewards[1]:.3f}; pictures and LoRA: {out}")
-    papers = cfg.epochs * len(micro) * (cfg.steps + 3 * k)
-    print(f"{passes} passes of {cfg.micro_batch} rows at most; the papers' {k} actions take {papers}")
     return rewards
 
 
