@@ -1,20 +1,21 @@
 """Rewards and prompt sets for rlcm.py. A reward is any function
 
     fn(images, prompts) -> (B,) float tensor, higher is better
-        images   (B, 3, H, W) float32 in [0, 1], on the training device: a copy, yours to change
+        images   (B, 3, H, W) float32 in [0, 1], on the training device: a copy, so in-place changes do no harm
         prompts  list of B strings
 
-Name one with `--reward`: a key of REWARDS below, `path/to/file.py:function` for your own, or a weighted sum
-of such parts. It is given one micro-batch of pictures at a time. From Python:
+Name one with `--reward`: a key of REWARDS below, `path/to/file.py:function` for your own, or a weighted sum of
+those. It is given one micro-batch of images at a time. From Python:
 
     reward = get_reward("aesthetic:1,compress:0.05")
     reward(images, prompts)         (B,)    the sum
-    reward.terms(images, prompts)   (n, B)  its n terms, weights included
+    reward.terms(images, prompts)   (B, n)  its n terms, weights included
     reward.names                    n strings: "aesthetic:1", "compress:0.05"
 
-Heavy imports belong inside the function that needs them. Models behind rewards come from the Hugging Face hub
-with the first pictures, and stay on their device. Only the embedded model has its own CLIP (TINY_CLIP).
+Heavy imports belong inside the function that needs them. The models behind rewards are downloaded from the
+Hugging Face Hub on first use and stay on their device. The embedded model has a CLIP of its own (TINY_CLIP).
 """
+import contextlib
 import functools
 import importlib.util
 import io
@@ -41,6 +42,17 @@ def require(ok, message):
 def one_line(e):
     """An exception's type and message."""
     return f"{type(e).__name__}: {' '.join(str(e).partition(chr(27))[0].split())[:160]}"  # no colours
+
+
+@contextlib.contextmanager
+def explained(what):
+    """Turn whatever goes wrong inside into a BadInput: `what`, and the cause in brackets."""
+    try:
+        yield
+    except (BadInput, torch.OutOfMemoryError):
+        raise
+    except (Exception, SystemExit) as e:
+        raise BadInput(f"{what} ({one_line(e)})") from e
 
 
 # ----------------------------------------------------------------------------------------------------- models
@@ -82,8 +94,8 @@ def load(kind, source, device=None, **options):
 
 
 # ---------------------------------------------------------------------------------------------------- rewards
-def pictures(images):
-    """(B, 3, H, W) float in [0, 1] -> list of B pictures of Pillow."""
+def to_pil(images):
+    """(B, 3, H, W) float in [0, 1] -> list of B Pillow images."""
     pixels = (images * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
     return [Image.fromarray(p) for p in pixels]
 
@@ -91,7 +103,7 @@ def pictures(images):
 def jpeg_kilobytes(images, quality=95):
     """Size of each picture as a JPEG file, kilobytes of 1000 bytes (DDPO, arXiv 2305.13301): (B,) float32."""
     files = [io.BytesIO() for _ in images]
-    for picture, file in zip(pictures(images), files):
+    for picture, file in zip(to_pil(images), files):
         picture.save(file, "JPEG", quality=quality)
     return torch.tensor([file.tell() / 1000 for file in files])
 
@@ -165,7 +177,7 @@ def describe(images, source):
     processor = load("AutoProcessor", source)
     texts = ["USER: <image>\nAnswer concisely: what is going on in this image? ASSISTANT:"] * len(images)
     model = load("LlavaForConditionalGeneration", source, images.device)
-    asked = processor(pictures(images), texts, return_tensors="pt").to(images.device, model.dtype)
+    asked = processor(to_pil(images), texts, return_tensors="pt").to(images.device, model.dtype)
     said = model.generate(**asked, do_sample=False, max_new_tokens=64)[:, asked["input_ids"].shape[1] :]
     return [text.strip() for text in processor.batch_decode(said, skip_special_tokens=True)]
 
@@ -223,10 +235,10 @@ def get_reward(name, model=None):
     fns = [get_term(part, model) for part in names]
 
     def terms(images, prompts):
-        return torch.stack([fn(images, prompts) for fn in fns])  # (n, B)
+        return torch.stack([fn(images, prompts) for fn in fns], 1)  # (B, n)
 
     def reward(images, prompts):
-        return terms(images, prompts).sum(0)  # (B,)
+        return terms(images, prompts).sum(1)  # (B,)
 
     reward.terms, reward.names = terms, names
     return reward
@@ -238,7 +250,7 @@ def get_term(part, model):
     if name not in REWARDS and ".py:" not in name:
         name, weight = part, "1"
     if ".py:" in name:
-        fn = load_function(*name.rsplit(":", 1))
+        fn = load_function(name)
     else:
         advice = f"choose from {', '.join(REWARDS)}, or give path/to/file.py:function"
         require(name in REWARDS, f"unknown reward {name!r}: {advice}")
@@ -270,26 +282,28 @@ def checked(part, fn, scale, images, prompts):
     return r
 
 
-def load_function(path, name):
-    """Function `name` of the Python file `path`, which runs once as if imported by name. Raises BadInput."""
+def load_function(spec):
+    """The function of `path/to/file.py:function`. The file runs once, as if imported by name. Raises BadInput."""
+    path, _, name = spec.rpartition(":")
     file = Path(path).resolve()
-    require(file.is_file(), f"no reward file {path}: give path/to/file.py:function")
+    require(file.is_file(), f"there is no file {path}: give path/to/file.py:function")
     key = str(file)
-    try:
+    with explained(f"the file {path} does not load"):
         found = "." in file.stem or importlib.util.find_spec(file.stem)
-        if not found or getattr(found, "origin", None) == key:  # else the name is another module's, say json
+        if not found or getattr(found, "origin", None) == key:  # otherwise the name is another module's, say json
             key = file.stem
         if key not in sys.modules:
             sys.path.append(str(file.parent))  # for its neighbours
             spec = importlib.util.spec_from_file_location(key, file)
             sys.modules[key] = importlib.util.module_from_spec(spec)  # where a dataclass of the file looks
-            spec.loader.exec_module(sys.modules[key])
-    except Exception as e:
-        sys.modules.pop(key, None)
-        raise BadInput(f"the reward file {path} does not load: {one_line(e)}") from e
-    fn = getattr(sys.modules[key], name, None)
-    require(callable(fn), f"{path} has no function {name!r}")
-    return fn
+            try:
+                spec.loader.exec_module(sys.modules[key])
+            except BaseException:
+                del sys.modules[key]
+                raise
+    function = getattr(sys.modules[key], name, None)
+    require(callable(function), f"{path} has no function {name!r}")
+    return function
 
 
 # ---------------------------------------------------------------------------------------------------- prompts
