@@ -1,14 +1,14 @@
 """Rewards and prompt sets for rlcm.py. A reward is any function
 
     fn(images, prompts) -> (B,) float tensor, higher is better
-        images   (B, 3, H, W) float32 in [0, 1], on the training device: a copy, so in-place changes do no harm
+        images   (B, 3, H, W) float32 in [0, 1], on the training device; a copy, safe to change in place
         prompts  list of B strings
 
-Name one with `--reward`: a key of REWARDS below, `path/to/file.py:function` for your own, or a weighted sum of
-those. It is given one micro-batch of images at a time. From Python:
+Name one with `--reward`: a key of REWARDS below, `path/to/file.py:function` for your own, or a weighted sum
+of those. It is given one micro-batch of images at a time. From Python:
 
     reward = get_reward("aesthetic:1,compress:0.05")
-    reward(images, prompts)         (B,)    the sum
+    reward(images, prompts)         (B,)    the sum; reward(images, prompts, 4) sees four images at a time
     reward.terms(images, prompts)   (B, n)  its n terms, weights included
     reward.names                    n strings: "aesthetic:1", "compress:0.05"
 
@@ -21,6 +21,7 @@ import importlib.util
 import io
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -46,13 +47,22 @@ def one_line(e):
 
 @contextlib.contextmanager
 def explained(what):
-    """Turn whatever goes wrong inside into a BadInput: `what`, and the cause in brackets."""
+    """Run code of others: whatever goes wrong is a BadInput, `what` and the cause in brackets.
+
+    PyTorch's grad mode, default dtype and default device are put back afterwards.
+    """
+    grad, dtype, device = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
     try:
         yield
     except (BadInput, torch.OutOfMemoryError):
         raise
     except (Exception, SystemExit) as e:
         raise BadInput(f"{what} ({one_line(e)})") from e
+    finally:
+        torch.set_grad_enabled(grad)
+        torch.set_default_dtype(dtype)
+        if torch.get_default_device() != device:
+            torch.set_default_device(device)
 
 
 # ----------------------------------------------------------------------------------------------------- models
@@ -74,20 +84,17 @@ DTYPE = {"cuda": torch.float16}  # of the models on a device of that type; float
 @functools.cache
 def load(kind, source, device=None, **options):
     """transformers' `kind` from `source`, once: a model on `device`, a processor, or a file of tensors."""
-    try:
+    advice = "it is downloaded from the Hugging Face Hub, or put its cache (HF_HOME) here"
+    with explained(f"cannot load {source}: {advice}; compress and incompress need no model"):
         import transformers
 
         file = kind if kind.endswith(".pth") else "config.json"
-        file = transformers.utils.cached_file(source, file)  # no hub: told after one file's retries
+        file = transformers.utils.cached_file(source, file)  # if the Hub is unreachable, fail after one file
         if file.endswith(".pth"):
             return torch.load(file, map_location="cpu", weights_only=True)
         if device:
             options["dtype"] = DTYPE.get(device.type, torch.float32)
         loaded = getattr(transformers, kind).from_pretrained(source, **options)
-    except Exception as e:
-        advice = "it takes the Hugging Face hub once, or its cache (HF_HOME) filled elsewhere"
-        message = f"cannot load {source} ({one_line(e)}): {advice}; compress and incompress need no model"
-        raise BadInput(message) from e
     for p in loaded.parameters() if device else ():  # DeBERTa's q_bias and v_bias come as float32
         p.data = p.data.to(options["dtype"])  # not loaded.to(dtype): LLaVA's rotary buffers must stay float32
     return loaded.requires_grad_(False).to(device) if device else loaded
@@ -101,20 +108,20 @@ def to_pil(images):
 
 
 def jpeg_kilobytes(images, quality=95):
-    """Size of each picture as a JPEG file, kilobytes of 1000 bytes (DDPO, arXiv 2305.13301): (B,) float32."""
+    """Size of each image as a JPEG file, kilobytes of 1000 bytes (DDPO, arXiv 2305.13301): (B,) float32."""
     files = [io.BytesIO() for _ in images]
-    for picture, file in zip(to_pil(images), files):
-        picture.save(file, "JPEG", quality=quality)
+    for image, file in zip(to_pil(images), files):
+        image.save(file, "JPEG", quality=quality)
     return torch.tensor([file.tell() / 1000 for file in files])
 
 
 def compress(images, prompts):
-    """minus the JPEG size in kB: pictures that compress well"""
+    """minus the JPEG size in kB: images that compress well"""
     return -jpeg_kilobytes(images)
 
 
 def incompress(images, prompts):
-    """the JPEG size in kB: pictures full of detail"""
+    """the JPEG size in kB: images full of detail"""
     return jpeg_kilobytes(images)
 
 
@@ -129,25 +136,25 @@ def clip_pixels(images, size, mean, std):
 
 
 def clip_embed(images, prompts, source, processor):
-    """A CLIP's embeddings of pictures and prompts, (B, E) each, of unit length, and its logit scale, ()."""
+    """A CLIP's embeddings of images and prompts, (B, E) each, of unit length, and its logit scale, ()."""
     processor = load("AutoProcessor", processor)
     tokens = processor.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt")
     mean, std = processor.image_processor.image_mean, processor.image_processor.image_std
     model = load("CLIPModel", source, images.device)
     pixels = clip_pixels(images, model.config.vision_config.image_size, mean, std)
     out = model(pixel_values=pixels.to(model.dtype), **tokens.to(images.device))
-    picture, prompt = (F.normalize(v.float(), dim=1) for v in (out.image_embeds, out.text_embeds))
-    return picture, prompt, model.logit_scale.float().exp()
+    image, prompt = (F.normalize(v.float(), dim=1) for v in (out.image_embeds, out.text_embeds))
+    return image, prompt, model.logit_scale.float().exp()
 
 
 def clip(images, prompts, source=None):
-    """CLIPScore, 2.5 max(cos, 0) of picture and prompt: 0 to 2.5
+    """CLIPScore, 2.5 max(cos, 0) of image and prompt: 0 to 2.5
 
     Hessel et al. 2021, arXiv 2104.08718, but without their prefix "A photo depicts". Differentiable.
     """
     source = source or HUB["clip"]
-    picture, prompt, _ = clip_embed(images, prompts, source, source)
-    return 2.5 * (picture * prompt).sum(1).clamp(min=0)
+    image, prompt, _ = clip_embed(images, prompts, source, source)
+    return 2.5 * (image * prompt).sum(1).clamp(min=0)
 
 
 def pickscore(images, prompts):
@@ -155,8 +162,8 @@ def pickscore(images, prompts):
 
     Kirstain et al. 2023, arXiv 2305.01569. Not divided by anything (some divide by 26). Differentiable.
     """
-    picture, prompt, scale = clip_embed(images, prompts, HUB["pickscore"], HUB["pickscore-processor"])
-    return scale * (picture * prompt).sum(1)
+    image, prompt, scale = clip_embed(images, prompts, HUB["pickscore"], HUB["pickscore-processor"])
+    return scale * (image * prompt).sum(1)
 
 
 def aesthetic(images, prompts):
@@ -173,7 +180,7 @@ def aesthetic(images, prompts):
 
 @torch.no_grad()
 def describe(images, source):
-    """What the LLaVA `source` says of each picture, greedily, asked DDPO's question: B strings."""
+    """Greedy answers of the LLaVA `source` to DDPO's question, one per image: B strings."""
     processor = load("AutoProcessor", source)
     texts = ["USER: <image>\nAnswer concisely: what is going on in this image? ASSISTANT:"] * len(images)
     model = load("LlavaForConditionalGeneration", source, images.device)
@@ -202,13 +209,13 @@ def bert_recall(references, candidates, device):
     candidate, there, _ = embed(candidates)
     cosine = reference @ candidate.mT  # (B, L of the reference, L of the candidate)
     best = cosine.masked_fill(~there[:, None], -1).amax(2)
-    return (best * word).sum(1) / word.sum(1)  # as in bert-score, [CLS] and [SEP] do not ask, but answer
+    return (best * word).sum(1) / word.sum(1)  # [CLS] and [SEP] count in the candidate only, as in bert-score
 
 
 def align(images, prompts, llava=None):
     """does a LLaVA's description say what the prompt says? BERTScore recall, 0 for unrelated texts, 1 at most
 
-    As DDPO and RLCM compare them, with two differences: LLaVA-1.5 7B describes the pictures (there 13B of
+    As DDPO and RLCM compare them, with two differences: LLaVA-1.5 7B describes the images (there 13B of
     the first LLaVA; nearest: align_13b), and sees them as they are (there as JPEG-80, sent to a server).
     They report the recall before rescaling: 0.517 + 0.483 x this.
     """
@@ -237,8 +244,9 @@ def get_reward(name, model=None):
     def terms(images, prompts):
         return torch.stack([fn(images, prompts) for fn in fns], 1)  # (B, n)
 
-    def reward(images, prompts):
-        return terms(images, prompts).sum(1)  # (B,)
+    def reward(images, prompts, micro_batch=64):
+        parts = [slice(i, i + micro_batch) for i in range(0, len(prompts), micro_batch)]
+        return torch.cat([terms(images[part], prompts[part]).sum(1) for part in parts])  # (B,)
 
     reward.terms, reward.names = terms, names
     return reward
@@ -257,53 +265,62 @@ def get_term(part, model):
         fn = REWARDS[name]
     if (name, model) == ("clip", "tiny"):
         fn = functools.partial(clip, source=TINY_CLIP)
-    try:
+    with explained(f"the weight {weight!r} of the reward {name!r} is not a finite number like 0.5"):
         scale = float(weight)
-    except ValueError:
-        scale = math.nan
-    require(math.isfinite(scale), f"the weight {weight!r} of reward {name!r} is not a finite number like 0.5")
+        int(scale)  # fails for infinity and for what is not a number
     return functools.partial(checked, part, fn, scale)
 
 
 def checked(part, fn, scale, images, prompts):
-    """scale x fn(images, prompts), (B,) float32 on the CPU. BadInput if it is not B finite real numbers."""
-    try:
-        with torch.set_grad_enabled(images.requires_grad):  # in rlcm.py they do not
-            r = fn(images.clone(), list(prompts))  # copies: one that normalises in place spoils nothing
-            r = scale * torch.as_tensor(r).float().cpu()  # float: integers must not truncate advantages
-    except BadInput:
-        raise
-    except Exception as e:
-        raise BadInput(f"reward {part!r} raised {one_line(e)}") from e
-    B, shape, returned = len(prompts), tuple(r.shape), f"reward {part!r} returned"
-    require(shape == (B,), f"{returned} shape {shape} for {B} pictures: it must be one number each, ({B},)")
+    """scale x fn(images, prompts), (B,) float32, on their device. BadInput unless it is B finite numbers."""
+    require(images.isfinite().all(), f"the images for the reward {part!r} are not finite numbers")
+    with explained(f"the reward {part!r} failed"):
+        torch.set_grad_enabled(images.requires_grad)  # in rlcm.py they do not
+        r = torch.as_tensor(fn(images.clone(), list(prompts)))  # copies, so in-place changes do no harm
+        require(not r.is_complex(), f"the reward {part!r} returned complex numbers")
+        r = scale * r.float().to(images.device)  # integers would truncate the advantages
+    returned = f"the reward {part!r} returned"
+    one_each = r.shape == (len(prompts),)
+    require(one_each, f"{returned} shape {tuple(r.shape)} for {len(prompts)} images: return one number each")
     for value, prompt in zip(r.tolist(), prompts):
         require(math.isfinite(value), f"{returned} {value} for the prompt {prompt!r}: it must be finite")
     return r
 
 
 def load_function(spec):
-    """The function of `path/to/file.py:function`. The file runs once, as if imported by name. Raises BadInput."""
+    """The function that `path/to/file.py:function` names. Its file is imported once. Raises BadInput."""
     path, _, name = spec.rpartition(":")
     file = Path(path).resolve()
     require(file.is_file(), f"there is no file {path}: give path/to/file.py:function")
     key = str(file)
     with explained(f"the file {path} does not load"):
         found = "." in file.stem or importlib.util.find_spec(file.stem)
-        if not found or getattr(found, "origin", None) == key:  # otherwise the name is another module's, say json
+        if not found or getattr(found, "origin", None) == key:  # else another module has that name
             key = file.stem
         if key not in sys.modules:
             sys.path.append(str(file.parent))  # for its neighbours
             spec = importlib.util.spec_from_file_location(key, file)
             sys.modules[key] = importlib.util.module_from_spec(spec)  # where a dataclass of the file looks
             try:
-                spec.loader.exec_module(sys.modules[key])
+                with contextlib.redirect_stderr(io.StringIO()):  # hides "usage: ..."
+                    spec.loader.exec_module(sys.modules[key])
+                require_own_neighbours(file)
             except BaseException:
                 del sys.modules[key]
                 raise
     function = getattr(sys.modules[key], name, None)
     require(callable(function), f"{path} has no function {name!r}")
     return function
+
+
+def require_own_neighbours(file):
+    """Raise BadInput if a file that was just imported got another module than its neighbour of that name."""
+    for neighbour in file.parent.glob("*.py"):
+        module = sys.modules.get(neighbour.stem)
+        imports = rf"^\s*(from\s+|import\s+(.*,\s*)?){neighbour.stem}\b"
+        if module and re.search(imports, file.read_text(encoding="utf-8"), re.MULTILINE):
+            own = Path(module.__file__).resolve() == neighbour
+            require(own, f"{file} needs its own {neighbour.name}, not {module.__file__}: rename it")
 
 
 # ---------------------------------------------------------------------------------------------------- prompts
@@ -331,12 +348,12 @@ def get_prompts(name):
     if name in PROMPTS:
         return list(PROMPTS[name])
     if len(name.split()) > 1 and not os.path.exists(name) and not name.endswith(".txt"):
-        return [name.strip()]
-    try:
+        return [" ".join(name.split())]
+    sets = f"{', '.join(PROMPTS)}, a file, one prompt a line, or two words or more"
+    with explained(f"no prompt set and no readable text file {name!r}: choose from {sets}"):
         text = Path(name).read_text(encoding="utf-8-sig")  # Notepad's files begin with a byte-order mark
-    except (OSError, ValueError) as e:
-        what = f"no prompt set and no readable text file {name!r} ({type(e).__name__}): choose from "
-        raise BadInput(what + f"{', '.join(PROMPTS)}, a file, one prompt a line, or two words or more") from e
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    table = name.endswith((".csv", ".tsv", ".json", ".jsonl")) or re.match(r'\s*[\[{]\s*["\[{]|.*\t', text)
+    require(not table, f"{name} is a table or JSON: write one prompt a line into a text file")
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]
     require(prompts, f"the prompt file {name} is empty: write one prompt a line")
     return prompts

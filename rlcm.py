@@ -61,26 +61,27 @@ import math
 import os
 import re
 import shlex
-import shutil
 import sys
-import tempfile
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
-from importlib.util import find_spec
+import warnings
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
+import safetensors.torch
 import torch
 import transformers
 from huggingface_hub.utils import enable_progress_bars
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ImageDraw, ImageOps
 from tqdm import tqdm
 
 import rewards
-from rewards import PROMPTS, BadInput, explained, get_prompts, get_reward, load_function, one_line, require, to_pil
+from rewards import PROMPTS, BadInput, explained, get_prompts, get_reward, load_function, require, to_pil
 
 # ================================================== METHOD ==================================================
 # Everything above CONFIG needs only torch, numpy, math, SimpleNamespace and functions above it: copy it.
@@ -89,19 +90,20 @@ from rewards import PROMPTS, BadInput, explained, get_prompts, get_reward, load_
 # ---- The three policies: x (B, C, h, w), int k, c -> mean (B, C, h, w) and std, a scalar, of x_{k+1}
 def rlcm_policy(eps, x, k, c, s):
     """Consistency model: predict the clean latent, then add noise of the next level (RLCM, section 4)."""
-    alpha_bar, alpha_bar_next = s.alpha_bar[k], s.alpha_bar_next[k]
+    alpha_bar = s.alpha_bar[k]
     pred_x0 = (x - (1 - alpha_bar).sqrt() * eps(x, s.t[k], c)) / alpha_bar.sqrt()
     f = s.c_out[k] * pred_x0 + s.c_skip[k] * x  # consistency function f_theta (LCM, eq. 9)
-    return alpha_bar_next.sqrt() * f, s.std[k]
+    return s.alpha_bar_next[k].sqrt() * f, s.std[k]
 
 
 def ddpo_policy(eps, x, k, c, s):
     """Diffusion model: a DDIM step with eta = 1, which is Euler-ancestral (DDPO, section 4; DDIM, eq. 12)."""
-    alpha_bar, alpha_bar_next = s.alpha_bar[k], s.alpha_bar_next[k]
+    alpha_bar = s.alpha_bar[k]
+    alpha_bar_next = s.alpha_bar_next[k]
     std = s.std[k]
     noise = eps(x, s.t[k], c)
     pred_x0 = (x - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()
-    direction = (1 - alpha_bar_next - std**2).clamp(min=0).sqrt() * noise  # DDIM's "direction pointing to x_t"
+    direction = (1 - alpha_bar_next - std**2).clamp(min=0).sqrt() * noise  # DDIM: "pointing to x_t"
     return alpha_bar_next.sqrt() * pred_x0 + direction, std
 
 
@@ -116,7 +118,7 @@ def score_policy(eps, x, k, c, s):
     return (x + (1 - rho) * a) / rho.sqrt(), s.std[k]
 
 
-# ---- Their schedules, from the model's own scheduler: the LoRA is trained on the timesteps it is sampled with
+# ---- Their schedules, from the model's own scheduler: a LoRA is trained on the timesteps it is sampled with
 def rlcm_schedule(scheduler, cfg):
     """Schedule of cfg.steps from an LCMScheduler. The last step adds no noise: H - 1 actions."""
     scheduler.set_timesteps(cfg.steps)
@@ -137,20 +139,19 @@ def ddpo_schedule(scheduler, cfg):
     alpha_bar = scheduler.alphas_cumprod[t]
     alpha_bar_next = scheduler.alphas_cumprod[t_next.clamp(min=0)]
     alpha_bar_next = torch.where(t_next >= 0, alpha_bar_next, scheduler.final_alpha_cumprod)
-    return make_schedule(t, alpha_bar, alpha_bar_next, eta_one(alpha_bar, alpha_bar_next))
+    return make_schedule(t, alpha_bar, alpha_bar_next, eta_one(alpha_bar, alpha_bar_next), eta=1.0)
 
 
 def score_schedule(scheduler, cfg):
     """Continuous time: the model's log alpha-bar, interpolated linearly between its timesteps.
 
     The forward SDE dX = -1/2 beta X dt + sqrt(beta) dB has alpha_bar(t) = exp(-integral of beta up to t).
-    Steps are even in the cube root of that integral: small near the data, where leftover noise would be
-    visible.
+    Steps are even in the cube root of that integral: small near the data, where leftover noise would show.
     """
     integral = -scheduler.alphas_cumprod.double().log()  # at t = 0 .. 999
     root = torch.linspace(1, 0, cfg.steps + 1).double()
     grid = integral[0] + (integral[-1] - integral[0]) * root**3  # (H+1,)
-    t = torch.from_numpy(np.interp(grid[:-1], integral, np.arange(len(integral)))).float()
+    t = torch.from_numpy(np.interp(grid[:-1], integral, range(len(integral)))).float()
     alpha_bar = (-grid).exp()
     std = eta_one(alpha_bar[:-1], alpha_bar[1:])
     return make_schedule(t, alpha_bar[:-1].float(), alpha_bar[1:].float(), std.float())
@@ -161,24 +162,22 @@ def eta_one(alpha_bar, alpha_bar_next):
     return ((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)).sqrt()
 
 
-def make_schedule(t, alpha_bar, alpha_bar_next, std):
-    """The namespace s of the glossary from four tensors (H,). Only steps with noise are actions."""
-    actions = std.nonzero().flatten().tolist()
-    return SimpleNamespace(t=t, alpha_bar=alpha_bar, alpha_bar_next=alpha_bar_next, std=std, actions=actions)
+def make_schedule(t, alpha_bar, alpha_bar_next, std, **step):
+    """The namespace s of the glossary from four tensors (H,), and options of the scheduler's own step()."""
+    s = SimpleNamespace(t=t, alpha_bar=alpha_bar, alpha_bar_next=alpha_bar_next, std=std, step=step)
+    s.actions = std.nonzero().flatten().tolist()
+    return s
 
 
-# A new sampler is one entry here. `scheduler` is the diffusers class that it samples with: other schedulers are
-# converted to it with `options`, or refused where options is None. `tiny` is the embedded model it trains.
+# A new sampler is one entry here. `scheduler` is the diffusers class that people sample with. A model with
+# another one is converted to it with `options`, or refused if there are none. When a run starts, the steps of
+# the method `plain` are compared with that scheduler's own. `tiny` is the embedded model to train.
+LCM = dict(scheduler="LCMScheduler", options={}, plain="rlcm", tiny="tiny/lcm")
+DDIM = dict(scheduler="DDIMScheduler", options={"clip_sample": False}, plain="ddpo", tiny="tiny/sd")
 METHODS = {
-    "rlcm": SimpleNamespace(
-        schedule=rlcm_schedule, policy=rlcm_policy, scheduler="LCMScheduler", options=None, tiny="tiny/lcm"
-    ),
-    "ddpo": SimpleNamespace(
-        schedule=ddpo_schedule, policy=ddpo_policy, scheduler="DDIMScheduler", options={}, tiny="tiny/sd"
-    ),
-    "score": SimpleNamespace(
-        schedule=score_schedule, policy=score_policy, scheduler="DDIMScheduler", options={}, tiny="tiny/sd"
-    ),
+    "rlcm": SimpleNamespace(schedule=rlcm_schedule, policy=rlcm_policy, **LCM),
+    "ddpo": SimpleNamespace(schedule=ddpo_schedule, policy=ddpo_policy, **DDIM),
+    "score": SimpleNamespace(schedule=score_schedule, policy=score_policy, **DDIM),
 }
 
 
@@ -206,32 +205,31 @@ def gaussian_kl(mean, mean_ref, std):
 def rollout(policy, eps, s, c, z):
     """Sample B trajectories with z (H+1, B, C, h, w), standard normal: x_0, then the noise of each step.
 
-    Returns x (H+1, B, C, h, w), mean (H, B, C, h, w), and log_p (H, B), 0 where a step adds no noise.
+    Returns two lists of (B, C, h, w), H + 1 latents x and H means, and log_p, a dict: action k -> (B,).
     """
-    H, B = len(s.t), z.shape[1]
     x = [z[0]]
     means = []
-    log_p = torch.zeros(H, B, device=z.device)
-    for k in range(H):
+    log_p = {}
+    for k in range(len(s.t)):
         mean, std = policy(eps, x[k], k, c, s)
-        x.append(mean + std * z[k + 1])  # x_{k+1} ~ N(mean_k, std_k^2 I)
         means.append(mean)
+        x.append(mean + std * z[k + 1])  # x_{k+1} ~ N(mean_k, std_k^2 I)
         if k in s.actions:
             log_p[k] = log_prob(x[k + 1], mean, std)
-    return torch.stack(x), torch.stack(means), log_p
+    return x, means, log_p
 
 
 @torch.no_grad()
-def path_kl(policy, eps_ref, s, c, x, mean):
-    """KL_k along a rollout: x (H+1, B, C, h, w), mean (H, B, C, h, w) -> mean_ref like mean, kl (H, B).
+def path_kl(policy, eps_ref, s, c, x, means):
+    """KL_k along a rollout's x and means. Returns mean_ref, a dict: action k -> (B, C, h, w), and kl (B, H).
 
     Their sum bounds the KL of the finished latents where every step is an action (SaA, section 3).
     """
-    mean_ref = mean.clone()
-    kl = torch.zeros(mean.shape[:2], device=mean.device)
+    mean_ref = {}
+    kl = x[0].new_zeros(len(x[0]), len(means))
     for k in s.actions:
         mean_ref[k], std = policy(eps_ref, x[k], k, c, s)
-        kl[k] = gaussian_kl(mean[k], mean_ref[k], std)
+        kl[:, k] = gaussian_kl(means[k], mean_ref[k], std)
     return mean_ref, kl
 
 
@@ -239,17 +237,17 @@ def advantages(r, prompts, history, buffer_size, min_count, adv_clip):
     """Rewards standardised per prompt (DDPO and RLCM, appendices): r (B,), B strings -> A (B,).
 
     `history` maps a prompt to a list of its latest rewards and is updated in place. It holds buffer_size of
-    them, or every reward in this batch if that is more. Until a prompt has min_count rewards, the batch's mean
-    and std are used.
+    them, or every reward in this batch if that is more. Until a prompt has min_count rewards, the mean and
+    std of the whole batch are used.
     """
     r = r.double()  # otherwise integer rewards would truncate A
     A = torch.zeros_like(r)
     for prompt in dict.fromkeys(prompts):
         i = [n for n, other in enumerate(prompts) if other == prompt]
-        history[prompt] = (history.get(prompt, []) + r[i].tolist())[-max(buffer_size, len(i)) :]
-        seen = r
-        if len(history[prompt]) >= min_count:
-            seen = torch.tensor(history[prompt], dtype=torch.double)
+        latest = history.get(prompt, []) + r[i].tolist()
+        history[prompt] = latest[-max(buffer_size, len(i)) :]
+        enough = len(history[prompt]) >= min_count
+        seen = r.new_tensor(history[prompt]) if enough else r
         std = seen.std(correction=0)
         if std > 1e-6 * seen.abs().max():  # otherwise the rewards are equal up to rounding and A stays 0
             A[i] = (r[i] - seen.mean()) / std
@@ -259,8 +257,7 @@ def advantages(r, prompts, history, buffer_size, min_count, adv_clip):
 def policy_loss(log_p, log_p_old, A, algo="ppo", clip_range=1e-4):
     """Loss and ratio of n actions: log_p, log_p_old, A: (n,); returns two of (n,).
 
-    With one optimizer step per rollout the ratio is exactly 1, nothing is clipped, and PPO and REINFORCE have
-    the same gradient.
+    With one optimizer step per rollout the ratio is 1, nothing is clipped, and PPO's gradient is REINFORCE's.
     """
     ratio = (log_p - log_p_old).exp()
     if algo == "reinforce":
@@ -308,24 +305,26 @@ class Config:
     out: str = flag("", "folder of the run; by default runs/METHOD-REWARD-SEED-TIME")
 
 
-# RLCM's code and Table 1 for compress, its four GPUs as one; docs/papers.md has the other tasks.
-RLCM_FULL = dict(
-    model="SimianLuo/LCM_Dreamshaper_v7", precision="bf16", resolution=512, epochs=1000, batch_size=16,
-    micro_batch=4, lr=1e-4, guidance_scale=8.0, lora_rank=16, lora_alpha=32, buffer_size=16, min_count=16,
-    save_every=10,
-)  # fmt: skip
-# ddpo-pytorch's config/dgx.py for compress, its eight GPUs as one.
-DDPO_FULL = dict(
-    model="Lykon/dreamshaper-7", precision="bf16", resolution=512, steps=50, epochs=100, batch_size=256,
-    micro_batch=4, updates=4, lr=3e-4, guidance_scale=5.0, lora_rank=4, lora_alpha=4, adv_clip=5.0,
-    buffer_size=16, min_count=16, max_grad_norm=1.0, save_every=10,
-)  # fmt: skip
-# The embedded model, tuned on seeds 0 to 2: docs/results.md. For rlcm they are Config's defaults.
-RLCM_TINY = dict(model="tiny")
-DDPO_TINY = dict(model="tiny", steps=5, epochs=24, lr=1.5e-3, guidance_scale=3.0, lora_rank=4, lora_alpha=4)
-SCORE_TINY = dict(model="tiny", steps=6, epochs=26, lr=2.5e-3, guidance_scale=3.0)
-FULL = {"rlcm": RLCM_FULL, "ddpo": DDPO_FULL, "score": DDPO_FULL}
-TINY = {"rlcm": RLCM_TINY, "ddpo": DDPO_TINY, "score": SCORE_TINY}
+FULL = {
+    # RLCM's code and Table 1 for compress, its four GPUs as one; docs/papers.md has the other tasks.
+    "rlcm": dict(
+        model="SimianLuo/LCM_Dreamshaper_v7", precision="bf16", resolution=512, epochs=1000, batch_size=16,
+        micro_batch=4, lr=1e-4, guidance_scale=8.0, lora_rank=16, lora_alpha=32, buffer_size=16, min_count=16,
+        save_every=10,
+    ),
+    # ddpo-pytorch's config/dgx.py for compress, its eight GPUs as one.
+    "ddpo": dict(
+        model="Lykon/dreamshaper-7", precision="bf16", resolution=512, steps=50, epochs=100, batch_size=256,
+        micro_batch=4, updates=4, lr=3e-4, guidance_scale=5.0, lora_rank=4, lora_alpha=4, adv_clip=5.0,
+        buffer_size=16, min_count=16, max_grad_norm=1.0, save_every=10,
+    ),
+}  # fmt: skip
+FULL["score"] = FULL["ddpo"]  # its authors' settings are for one prompt and a reward that is not built in
+TINY = {  # the embedded model, tuned on seeds 0 to 2: docs/results.md
+    "rlcm": {},  # Config's defaults
+    "ddpo": dict(steps=5, epochs=24, lr=1.5e-3, guidance_scale=3.0, lora_rank=4, lora_alpha=4),
+    "score": dict(steps=6, epochs=26, lr=2.5e-3, guidance_scale=3.0),
+}
 
 
 def preset(method="rlcm", model=None):
@@ -335,175 +334,185 @@ def preset(method="rlcm", model=None):
     from Config's defaults and the dict `settings` that its function may carry.
     """
     gpu = torch.cuda.is_available()
-    if model and ".py:" in model:
+    model = model or (FULL[method]["model"] if gpu else "tiny")
+    if ".py:" in model:
         settings = getattr(load_function(model), "settings", {})
-    elif model == "tiny" or not (model or gpu):
-        settings = TINY[method]
     else:
-        settings = FULL[method]
-    here = {"method": method, "model": model or settings["model"]}
-    return settings | here | ({} if gpu else {"precision": "fp32"})
+        settings = TINY[method] if model == "tiny" else FULL[method]
+    precision = {} if gpu else {"precision": "fp32"}
+    return settings | precision | {"method": method, "model": model}
 
 
 def check(cfg):
     """Raise BadInput for settings that cannot work, wherever they come from."""
-    for f in fields(Config):
-        value = getattr(cfg, f.name)
-        given = f"--{f.name.replace('_', '-')} {value}"
-        choices = get_args(f.type)
-        require(not choices or value in choices, f"{given}: choose from {', '.join(choices)}")
-        if f.type in (int, float):
-            zero = value == 0 and f.name in ("kl", "guidance_scale", "seed")
-            require(zero or 0 < value < math.inf, f"{given}: must be a positive number (kl, guidance, seed: or 0)")
+    for name, value in asdict(cfg).items():
+        if type(value) in (int, float):
+            zero = value == 0 and name in ("kl", "guidance_scale", "seed")
+            flag = f"--{name.replace('_', '-')} {value}"
+            require(zero or 0 < value < 2**40, f"{flag}: must be a positive number, and not a huge one")
     require(cfg.min_count <= cfg.buffer_size, "--min-count: at most --buffer-size")
     require(cfg.algo == "ppo" or cfg.updates == 1, "--algo reinforce has no ratio: --updates must be 1")
-    require(cfg.seed < 2**40, "--seed: below 2**40")
-    require(not cfg.log_with or find_spec(cfg.log_with), f"first pip install {cfg.log_with}")
+    installed = not cfg.log_with or cfg.log_with in packages_distributions()
+    require(installed, f"--log-with {cfg.log_with}: first pip install {cfg.log_with}")
 
 
 # =================================================== TRAIN ==================================================
 def train(cfg, resume=False, on_epoch=None):
     """Fine-tune with `cfg`; with resume, continue the run in cfg.out. Returns the run's folder.
 
-    This is Algorithm 1 of RLCM, and with other Gaussians DDPO and Scores as Actions. on_epoch(epoch, model, row)
-    is called in every process: with epoch 0 and an empty row before the first epoch, then after each epoch,
-    before its row is saved. It may add columns to the row. Raises BadInput.
+    This is Algorithm 1 of RLCM and, with other Gaussians, DDPO and Scores as Actions. In every process,
+    on_epoch(epoch, model, row) is called with epoch 0 and an empty row before the first epoch, then after
+    each epoch before its row is saved. It may add columns to the row. Raises BadInput.
     """
     from accelerate import Accelerator
-    from accelerate.utils import broadcast
+    from accelerate.utils import broadcast, listify
 
-    # Settings, reward and prompts. Nothing is written before the first images have been rewarded.
+    # Reward, prompts and folder. Nothing is written before the first images have been rewarded.
     check(cfg)
-    reward = get_reward(cfg.reward, cfg.model)
-    name = f"{cfg.method}-{re.sub(r'[^a-zA-Z0-9.]+', '-', cfg.reward)}-{cfg.seed}"
-    out = Path(cfg.out or f"runs/{name}-{time.strftime('%m%d-%H%M%S')}-{os.getpid()}")
+    name = re.sub(r"[^a-zA-Z0-9.]+", "-", f"{cfg.method}-{cfg.reward}")[:100]
+    out = Path(cfg.out or f"runs/{name}-{cfg.seed}-{time.strftime('%m%d-%H%M%S')}-{os.getpid()}")
     require(resume or not any(out.glob("*")), f"{out} is not empty: give another --out, or --resume {out}")
-    prompts = get_prompts(str(out / "prompts.txt") if resume else cfg.prompts)
-    say(f"reward {cfg.reward}; {len(prompts)} prompts, the first is {prompts[0]!r}; folder {out}")
-    gpu = torch.cuda.is_available()
-    accelerator = Accelerator(cpu=not gpu, mixed_precision="no", log_with=cfg.log_with or None, project_dir=out)
+    cpu = not torch.cuda.is_available()
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no", log_with=cfg.log_with or None, project_dir=out)
+    say = accelerator.print
+    settings = asdict(cfg)
+    H = cfg.steps
+    B = cfg.batch_size
+    lam = cfg.kl
     for divisor in (accelerator.num_processes * cfg.updates, cfg.group_size):
-        require(cfg.batch_size % divisor == 0, f"--batch-size {cfg.batch_size}: must be a multiple of {divisor}")
+        require(B % divisor == 0, f"--batch-size {B}: must be a multiple of {divisor}")
+    reward = get_reward(cfg.reward, cfg.model)
+    prompts = get_prompts(str(out / "prompts.txt") if resume else cfg.prompts)
+    say(f"{cfg.method} on {cfg.model}, device {accelerator.device}")
+    say(f"reward {cfg.reward}; {len(prompts)} prompts, the first is {prompts[0]!r}; folder {out}")
 
     # The model, its schedule and the optimizer. Every process starts from the first one's weights.
-    model = load_model(cfg, accelerator.device)
-    with explained(f"--steps {cfg.steps} does not suit the model's scheduler"):
-        s = model.schedule(cfg.steps)
-    require(s.actions, f"--method {cfg.method} --steps {cfg.steps} adds no noise: nothing to reinforce")
+    kinds = "tiny, a diffusers pipeline (folder or hub id, no *.fp16.* files), or path/to/file.py:function"
+    with explained(f"--model {cfg.model} --steps {H} cannot be set up; --model takes {kinds}"):
+        model = load_model(cfg, accelerator.device)
+        s = model.schedule(H)
+    require(s.actions, f"--method {cfg.method} --steps {H} adds no noise: nothing to reinforce")
     policy = METHODS[cfg.method].policy
     parameters = list(model.trainable.values())
     broadcast([p.data for p in parameters])
     optimizer = torch.optim.Adam(parameters, cfg.lr)
-    rows, history = [], {}
+    rows = []
+    history = {}
+    seconds = 0
     if resume:
         state = load_checkpoint(out, model)
         optimizer.load_state_dict(state["optimizer"])
-        rows, history = state["rows"], state["history"]
+        rows = state["rows"]
+        history = state["history"]
+        seconds = rows[-1]["seconds"]
+        same = state["config"] | {"epochs": cfg.epochs, "out": cfg.out}
+        changed = same.items() ^ settings.items()
+        require(not changed, f"with --resume only --epochs may change: {sorted(changed)}")
         require(len(rows) < cfg.epochs, f"{out} already has {len(rows)} epochs: give more --epochs")
 
     # The images of the untrained model make the run's folder: a broken reward fails here.
     if accelerator.is_main_process:
         if not resume:
-            save_samples(model, cfg, reward, prompts, out, 0)
-            with replacing(out / "prompts.txt") as part:
-                part.write_text("\n".join(prompts), encoding="utf-8")
-        with replacing(out / "config.json") as part:
-            part.write_text(json.dumps(asdict(cfg), indent=1))
-    accelerator.init_trackers("rlcm", asdict(cfg))
+            advice = f"if the folder exists, give another --out, or --resume {out}"
+            with explained(f"{cfg.model} cannot draw the first images into {out}; {advice}"):
+                save_samples(model, cfg, reward, prompts, out, 0)
+            write(out / "prompts.txt", "\n".join(prompts).encode())
+        write(out / "config.json", json.dumps(settings, indent=1).encode())
+    accelerator.init_trackers("rlcm", settings)
     if on_epoch and not resume:
         on_epoch(0, model, {})
 
-    # This process's part of a batch is cut into minibatches, one optimizer step each, and these are cut into
-    # micro-batches. A micro-batch goes through the network as a whole, in the rollout and again in the update.
-    mine = torch.arange(cfg.batch_size).chunk(accelerator.num_processes)[accelerator.process_index]
-    parts = mine.chunk(cfg.updates)
-    minibatches = [[SimpleNamespace(i=i) for i in part.split(cfg.micro_batch)] for part in parts]
-    micro_batches = sum(minibatches, [])
-    terms_per_step = len(s.actions) * len(parts[0])
-    seconds = rows[-1]["seconds"] if rows else 0
-    bar = progress(range(cfg.epochs), "training", initial=len(rows), unit="epoch", leave=True, delay=0)
-
-    for epoch in range(len(rows) + 1, cfg.epochs + 1):
+    # This process's part of each batch: `updates` minibatches of one optimizer step each.
+    mine = torch.arange(B).chunk(accelerator.num_processes)[accelerator.process_index]
+    actions_per_update = len(s.actions) * len(mine) // cfg.updates
+    bar = progress(range(len(rows) + 1, cfg.epochs + 1), unit="epoch", leave=True, delay=0)
+    for epoch in bar:
         # Prompts and noise depend on seed and epoch alone, so a resumed run draws the same again.
         began = time.time()
         generator = torch.Generator().manual_seed((cfg.seed + 1) * 1_000_003 + epoch)
-        drawn = torch.randint(len(prompts), (cfg.batch_size // cfg.group_size,), generator=generator)
+        drawn = torch.randint(len(prompts), (B // cfg.group_size,), generator=generator)
         batch = [prompts[n] for n in drawn.repeat_interleave(cfg.group_size)]
-        z = torch.randn(cfg.steps + 1, cfg.batch_size, *model.shape, generator=generator)
+        z = torch.randn(H + 1, B, *model.shape, generator=generator)
 
-        # 1. Rollout: the sampler is the policy. The reward is given to the finished images.
-        for micro in progress(micro_batches, f"epoch {epoch}, sampling"):
-            own = [batch[n] for n in micro.i]
-            micro.c = model.encode(own)
-            noise = z[:, micro.i].to(model.device)
-            micro.x, mean, micro.log_p = rollout(policy, model.eps, s, micro.c, noise)
-            with torch.no_grad():
-                images = model.decode(micro.x[-1])
-            micro.r = reward.terms(images, own).to(model.device)  # (b, terms)
-            micro.kl = torch.zeros_like(micro.log_p)  # (H, b)
-            if cfg.kl > 0:
-                with model.reference():
-                    micro.mean_ref, micro.kl = path_kl(policy, model.eps, s, micro.c, micro.x, mean)
+        # 1. Rollout: the sampler is the policy, and the reward is given to the finished images. A micro-batch
+        # goes through the network together, now and again in the update, and is kept as it is until then.
+        minibatches = []
+        terms = []
+        kl = torch.zeros(B, H, device=model.device)  # stays 0 without a penalty
+        for part in mine.chunk(cfg.updates):
+            minibatches.append([])
+            for i in progress(part.split(cfg.micro_batch), f"epoch {epoch}, sampling"):
+                own = [batch[n] for n in i]
+                c = model.encode(own)
+                x, means, log_p = rollout(policy, model.eps, s, c, z[:, i].to(model.device))
+                require(x[-1].isfinite().all(), f"epoch {epoch}: the latents are not finite, lower --lr")
+                with torch.no_grad():
+                    images = model.decode(x[-1])
+                terms.append(reward.terms(images, own))
+                mean_ref = None
+                if lam > 0:
+                    with model.reference():
+                        mean_ref, kl[i] = path_kl(policy, model.eps, s, c, x, means)
+                minibatches[-1].append((i, c, x, log_p, mean_ref))
 
         # 2. Advantage: was the image better than usual for its prompt? Minus lambda times the KL-to-go.
-        terms = accelerator.gather(torch.cat([micro.r for micro in micro_batches])).cpu()  # (B, terms)
-        kl = accelerator.gather(torch.cat([micro.kl.T for micro in micro_batches]).contiguous()).T  # (H, B)
+        terms = accelerator.gather(torch.cat(terms))  # (B, terms), from all processes
+        kl = accelerator.reduce(kl, "sum").T  # (H, B)
         r = terms.sum(1)
         A = advantages(r, batch, history, cfg.buffer_size, cfg.min_count, cfg.adv_clip)
         kl_to_go = kl.sum(0) - kl.cumsum(0)  # KL_k itself is not in it
-        A = A.to(model.device) - cfg.kl * (kl_to_go - kl_to_go.mean(1, keepdim=True))  # (H, B)
+        A = A - lam * (kl_to_go - kl_to_go.mean(1, keepdim=True))  # (H, B)
 
         # 3. Policy gradient: each action of the rollout again, now with gradients.
-        losses, log_ratios, norms = [], [], []
+        stats = []
+        norms = []
         for minibatch in minibatches:
             for k in progress(s.actions, f"epoch {epoch}, learning"):
-                for micro in minibatch:
-                    mean, std = policy(model.eps, micro.x[k], k, micro.c, s)
-                    log_p = log_prob(micro.x[k + 1], mean, std)
-                    log_p_old = micro.log_p[k]
-                    loss, ratio = policy_loss(log_p, log_p_old, A[k, micro.i], cfg.algo, cfg.clip_range)
-                    if cfg.kl > 0:  # lambda grad KL_k, averaged over D as the log-prob is
-                        loss = loss + cfg.kl * gaussian_kl(mean, micro.mean_ref[k], std) / mean[0].numel()
-                    (loss.sum() / terms_per_step).backward()
-                    losses.append(loss.detach())
-                    log_ratios.append((log_p - log_p_old).detach())
+                for i, c, x, log_p_old, mean_ref in minibatch:
+                    mean, std = policy(model.eps, x[k], k, c, s)
+                    log_p = log_prob(x[k + 1], mean, std)
+                    loss, ratio = policy_loss(log_p, log_p_old[k], A[k, i], cfg.algo, cfg.clip_range)
+                    if lam > 0:  # lambda grad KL_k, averaged over D as the log-prob is
+                        loss += lam * gaussian_kl(mean, mean_ref[k], std) / mean[0].numel()
+                    (loss.sum() / actions_per_update).backward()
+                    stats.append(torch.stack([loss, log_p - log_p_old[k]]).detach())
             for p in parameters:
                 if p.grad is not None:
                     p.grad = accelerator.reduce(p.grad, "mean")
-            norms.append(torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm))
+            norms.append(accelerator.clip_grad_norm_(parameters, cfg.max_grad_norm))
             optimizer.step()
             optimizer.zero_grad()
 
         # 4. The row of metrics.csv. The ratio starts at exactly 1: in fp32 its drift is 0.
-        log_ratio = torch.cat(log_ratios)
+        loss, log_ratio = torch.cat(stats, 1)
         drift = log_ratio.expm1().abs()  # |ratio - 1|
-        means = {
-            "loss": torch.cat(losses).mean(),
-            "approx_kl": (log_ratio**2).mean() / 2,  # from the rollout's policy to the updated one, nats / D^2
+        numbers = {
+            "loss": loss.mean(),
+            "approx_kl": (log_ratio**2).mean() / 2,  # of the updated policy from the rollout's, in nats / D^2
             "clip_fraction": (drift > cfg.clip_range).float().mean(),
-            "ratio_drift": drift[: len(drift) // cfg.updates].max(),  # before the first optimizer step
+            "ratio_drift": drift[:actions_per_update].max(),  # before the first optimizer step
             "grad_norm": torch.stack(norms).mean(),  # before clipping
         }
-        values = accelerator.reduce(torch.stack(list(means.values())), "mean").tolist()
-        require(math.isfinite(values[-1]), f"the gradient of epoch {epoch} is not finite: try a smaller --lr")
+        numbers = accelerator.reduce(numbers, "mean")
+        require(numbers["grad_norm"].isfinite(), f"epoch {epoch}: the gradient is not finite, lower --lr")
         seconds += time.time() - began
         row = {
             "epoch": epoch,
-            "seconds": round(seconds, 3),  # of sampling, rewards and learning
-            "images": epoch * cfg.batch_size,  # rewarded so far
-            "reward_mean": r.mean().item(),
-            "reward_std": r.std(correction=0).item(),
-            "path_kl": kl.sum(0).mean().item(),  # nats along an image's path; 0 without a KL penalty
-            **dict(zip(means, values)),
-            **dict(zip(reward.names, terms.mean(0).tolist())),  # the terms of a sum
+            "seconds": seconds,  # of sampling, rewards and learning
+            "images": epoch * B,  # rewarded so far
+            "reward_mean": r.mean(),
+            "reward_std": r.std(correction=0),
+            "path_kl": kl.sum(0).mean(),  # nats along an image's path; 0 without a KL penalty
+            **numbers,
+            **dict(zip(reward.names, terms.mean(0))),  # the terms of a sum
             "gpu_gb": torch.cuda.max_memory_allocated() / 1e9,  # peak so far
         }
+        row = listify(row)  # tensors to numbers
         if on_epoch:
             on_epoch(epoch, model, row)
         rows.append(row)
         accelerator.log(row, epoch)
         bar.set_postfix(reward=f"{row['reward_mean']:.3f}", start=f"{rows[0]['reward_mean']:.3f}")
-        bar.update()
 
         # 5. Save. The checkpoint comes last: after a kill, --resume repeats the epoch that was not finished.
         if accelerator.is_main_process:
@@ -515,77 +524,56 @@ def train(cfg, resume=False, on_epoch=None):
                     tracker.log_images({"samples": [np.asarray(sheet)]}, epoch, **layout)
                 save_curve(rows, cfg, out)
                 model.save(out)
-            save_checkpoint(model, optimizer, rows, history, out)
+            state = dict(config=settings, optimizer=optimizer.state_dict(), rows=rows, history=history)
+            state["trainable"] = model.trainable
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            write(out / "checkpoint.pt", buffer.getvalue())
 
-    bar.close()
     accelerator.end_training()
-    say(f"reward {rows[0]['reward_mean']:.3f} -> {rows[-1]['reward_mean']:.3f}, {rows[-1]['seconds']:.0f} s")
+    say(f"reward {rows[0]['reward_mean']:.3f} -> {rows[-1]['reward_mean']:.3f}, {seconds:.0f} s")
     say(f"to train longer: python rlcm.py --resume {shlex.quote(str(out))} --epochs {2 * cfg.epochs}")
     say(f'{out} has samples/, reward.png, metrics.csv and the LoRA: pipe.load_lora_weights("{out}")')
     return out
 
 
-def first_process():
-    return os.environ.get("RANK", "0") == "0"
-
-
-def say(line):
-    if first_process():
-        print(line, flush=True)
-
-
-def progress(items, what, **options):
-    """A progress bar, in the first process; by default one that appears only when it takes long."""
-    options = dict(leave=False, delay=3, dynamic_ncols=True, disable=not first_process()) | options
-    return tqdm(items, what, **options)
+# A progress bar in the first process, which appears only when it takes long.
+progress = partial(tqdm, leave=False, delay=3, dynamic_ncols=True, disable=os.getenv("RANK", "0") != "0")
 
 
 # =================================================== MODEL ==================================================
 def load_model(cfg, device):
     """The model that cfg.model names, on a device. Raises BadInput."""
-    if ".py:" not in cfg.model:
-        return StableDiffusion(load_pipeline(cfg).to(device), cfg)
-    function = load_function(cfg.model)
-    with explained(f"the model {cfg.model} cannot be made"):
-        return function(cfg, device)
-
-
-def load_pipeline(cfg):
-    """The diffusers pipeline that cfg.model names. Raises BadInput."""
     from diffusers import DiffusionPipeline
-
+    if ".py:" in cfg.model:
+        return load_function(cfg.model)(cfg, device)
     source = cfg.model
     if source == "tiny":
-        source = str(Path(__file__).resolve().parent / METHODS[cfg.method].tiny)
+        source = Path(__file__).resolve().parent / METHODS[cfg.method].tiny
+    kind = DiffusionPipeline.load_config(source)["_class_name"]
     kinds = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
-    options = dict(safety_checker=None, requires_safety_checker=False)
-    options["dtype"] = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
-    advice = "give a folder or hub id of a diffusers pipeline, or --model tiny, which needs no download"
-    with explained(f"cannot load the model {source}, {advice}"):
-        kind = DiffusionPipeline.load_config(source)["_class_name"]
-        require(kind in kinds, f"{source} is a {kind}: --model takes {' and '.join(kinds)}, or a file")
-        return DiffusionPipeline.from_pretrained(source, **options)
-
-
-LORA = "pytorch_lora_weights.safetensors"
+    require(kind in kinds, f"{source} is a {kind}: supported are {' and '.join(kinds)}; others in examples/")
+    dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+    pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, safety_checker=None)
+    return StableDiffusion(pipe.to(device), cfg)
 
 
 class StableDiffusion:
-    """The network that `train` trains: a LoRA on Stable Diffusion 1 or 2, or on their consistency models.
+    """A LoRA on Stable Diffusion 1 or 2, or on one of their consistency models.
 
-    `train` uses nothing but these members, so any class that has them can be trained (--model file.py:function
-    with function(cfg, device) returning one). A relative of this class names the `component` of its pipeline
+    `train` uses nothing but these members, so it trains any class that has them: --model file.py:function,
+    where function(cfg, device) returns one. A relative of this class names the `component` of its pipeline
     that is trained and overrides `encode` and `predict`, and `set_up` if its scheduler is of another family.
 
         shape               (C, h, w) of a latent
-        device              where encode, eps and decode compute, and where latents live
+        device              where latents, c and images are
         trainable           dict: name -> parameter, float32
-        schedule(H)         -> s as in the glossary, for the policy of cfg.method
+        schedule(H)         returns s as in the glossary, for the policy of cfg.method
         encode(prompts)     B strings -> c, anything that eps understands
-        eps(x, t, c)        x (B, C, h, w), t a scalar -> predicted noise (B, C, h, w), float32, differentiable
+        eps(x, t, c)        x (B, C, h, w), t a scalar -> predicted noise like x, float32, differentiable
         decode(x)           clean latents (B, C, h, w) -> images (B, 3, H, W), float32 in [0, 1]
         reference()         a context in which eps is the pretrained network's
-        save(folder)        write the trained weights into a run's folder
+        save(folder)        writes the trained weights into a run's folder
     """
 
     component = "unet"
@@ -595,67 +583,85 @@ class StableDiffusion:
         """pipe: a diffusers pipeline, on its device. Raises BadInput for what would be trained wrongly."""
         from diffusers.training_utils import cast_training_params
         from peft import LoraConfig
-
-        self.pipe, self.cfg, self.device = pipe, cfg, pipe.device
+        self.pipe = pipe
+        self.cfg = cfg
+        self.device = pipe.device
         self.network = getattr(pipe, self.component)
         self.dtype = self.network.dtype
         self.set_up()
 
         # Everything is frozen but a fresh LoRA, whose weights are float32 whatever the network's dtype.
-        for part in pipe.components.values():
-            if isinstance(part, torch.nn.Module):
-                part.requires_grad_(False)
-        options = dict(target_modules=self.lora_layers, init_lora_weights="gaussian")
-        lora = LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, **options)
+        pipe.vae.requires_grad_(False)
+        self.network.requires_grad_(False)
+        lora = LoraConfig(
+            r=cfg.lora_rank,
+            lora_alpha=cfg.lora_alpha,
+            target_modules=self.lora_layers,
+            init_lora_weights="gaussian",
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
             self.network.add_adapter(lora)
         cast_training_params(self.network, torch.float32)
         self.trainable = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
 
-        # cuDNN's attention may be chosen in the rollout but not in the update: the ratio would not start at 1.
+        # PyTorch may choose cuDNN's attention in the rollout but not in the update: the ratio would not be 1.
         torch.backends.cuda.enable_cudnn_sdp(False)
         if cfg.gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
-        pipe.set_progress_bar_config(disable=True)
 
     def set_up(self):
         """The scheduler of the method, the guidance and the shape of a latent."""
         import diffusers
+        pipe = self.pipe
+        cfg = self.cfg
+        method = METHODS[cfg.method]
+        unet = self.network.config
+        config = pipe.scheduler.config
+        found = type(pipe.scheduler).__name__
+        require("beta_schedule" in config, f"{cfg.model} has a {found}, which has no betas: not supported")
+        require(not config.get("rescale_betas_zero_snr"), f"{cfg.model} has zero terminal SNR: not supported")
+        require(not pipe.vae.config.get("latents_mean"), f"VAE of {cfg.model} shifts latents: not supported")
+        fits = method.options or found == method.scheduler
+        require(fits, f"{cfg.model} has a {found}: {cfg.method} needs a model with {method.scheduler}")
+        pipe.scheduler = getattr(diffusers, method.scheduler).from_config(config, **method.options)
 
-        pipe, cfg, method = self.pipe, self.cfg, METHODS[self.cfg.method]
-        config, found = pipe.scheduler.config, type(pipe.scheduler).__name__
-        faults = {
-            f"has a {found}, which has no betas": "beta_schedule" not in config,
-            f"has a {found}, not an {method.scheduler}": method.options is None and found != method.scheduler,
-            "does not predict epsilon": config.get("prediction_type") != "epsilon",
-            "has zero terminal SNR": config.get("rescale_betas_zero_snr"),
-            "has a VAE that shifts its latents": pipe.vae.config.get("latents_mean"),
-        }
-        for fault, there in faults.items():
-            require(not there, f"{cfg.model} {fault}: {cfg.method} does not support that")
-        if method.options is not None:
-            pipe.scheduler = getattr(diffusers, method.scheduler).from_config(config, **method.options)
+        most = pipe.text_encoder.config.max_position_embeddings
+        pipe.tokenizer.model_max_length = min(most, pipe.tokenizer.model_max_length)
 
-        # A consistency model takes the guidance scale, less one, as an input (LCM, section 4.2). Others are
-        # guided here, with the empty prompt.
-        dim = self.network.config.time_cond_proj_dim
-        self.guided = not dim and cfg.guidance_scale > 1
-        if dim:
-            w = pipe.get_guidance_scale_embedding(torch.tensor([cfg.guidance_scale - 1.0]), dim)
-        self.w = w.to(self.device, self.dtype) if dim else None
+        # Classifier-free guidance with the empty prompt, unless the network takes the scale as an input.
+        self.guided = not unet.time_cond_proj_dim and cfg.guidance_scale > 1
 
-        unit = pipe.vae_scale_factor * 2 ** (len(self.network.config.block_out_channels) - 1)
+        unit = pipe.vae_scale_factor * 2**self.network.num_upsamplers
         require(cfg.resolution % unit == 0, f"--resolution {cfg.resolution}: must be a multiple of {unit}")
         size = cfg.resolution // pipe.vae_scale_factor
-        self.shape = (self.network.config.in_channels, size, size)
+        self.shape = (unet.in_channels, size, size)
 
     def schedule(self, H):
-        return METHODS[self.cfg.method].schedule(self.pipe.scheduler, replace(self.cfg, steps=H))
+        """Raises BadInput if the policy's steps are not the scheduler's own, with which people sample."""
+        cfg = replace(self.cfg, steps=H)
+        scheduler = self.pipe.scheduler
+        method = METHODS[cfg.method]
+        plain = METHODS[method.plain]
+        s = plain.schedule(scheduler, cfg)
+        name = type(scheduler).__name__
+        require(len(s.t) == H, f"the {name} makes {len(s.t)} steps of {H}: choose another --steps")
+        generator = torch.Generator()
+        x, noise = torch.randn(2, 1, *self.shape, generator=generator)
+        for k, t in enumerate(s.t):
+            theirs = scheduler.step(noise, t, x, generator=generator.manual_seed(k), **s.step).prev_sample
+            mean, std = plain.policy(lambda *_: noise, x, k, None, s)
+            ours = mean + std * torch.randn(x.shape, generator=generator.manual_seed(k))
+            off = (ours - theirs).norm() / theirs.norm()
+            require(off < 1e-4, f"step {k + 1} of the {name} is not that of {cfg.method} ({off:.1%} apart)")
+        return method.schedule(scheduler, cfg)
 
     @torch.no_grad()
     def encode(self, prompts):
         """B strings -> (B, L, E); with classifier-free guidance (2B, L, E), first B empty prompts."""
+        most = self.pipe.tokenizer.model_max_length
+        if max(map(len, self.pipe.tokenizer(prompts).input_ids)) > most:
+            warnings.warn(f"there are prompts of more than {most} tokens: the rest is ignored")
         c, empty = self.pipe.encode_prompt(prompts, self.device, 1, self.guided)
         return torch.cat([empty, c]) if self.guided else c
 
@@ -670,8 +676,11 @@ class StableDiffusion:
         return noise
 
     def predict(self, x, t, c):
-        """The network's output."""
-        w = None if self.w is None else self.w.expand(len(x), -1)
+        """The network's output. A consistency model takes the guidance scale, less one (LCM, section 4.2)."""
+        w = None
+        if dim := self.network.config.time_cond_proj_dim:
+            scale = torch.full((len(x),), self.cfg.guidance_scale - 1.0)
+            w = self.pipe.get_guidance_scale_embedding(scale, dim).to(x)
         return self.network(x, t, encoder_hidden_states=c, timestep_cond=w).sample
 
     def decode(self, x):
@@ -689,121 +698,90 @@ class StableDiffusion:
             self.network.enable_adapters()
 
     def save(self, folder):
-        """The LoRA in diffusers' format. alpha / rank is multiplied into it, so it is right in every loader."""
-        from peft.utils import get_peft_model_state_dict
-
-        rank, alpha = self.cfg.lora_rank, self.cfg.lora_alpha
-        weights = get_peft_model_state_dict(self.network)
-        weights = {name: w * alpha / rank if "lora_B" in name else w for name, w in weights.items()}
-        settings = self.network.peft_config["default"].to_dict() | {"lora_alpha": rank}
-        given = {f"{self.component}_lora_layers": weights, f"{self.component}_lora_adapter_metadata": settings}
-        with tempfile.TemporaryDirectory() as temporary, replacing(Path(folder) / LORA) as part:
-            self.pipe.save_lora_weights(temporary, **given)
-            shutil.copyfile(Path(temporary) / LORA, part)  # safetensors would make it private
-
-    def too_long(self, prompts):
-        """Those prompts of which the text encoder sees only the beginning, and how many tokens it sees."""
-        tokenizer = self.pipe.tokenizer
-        ids = tokenizer(prompts).input_ids
-        return [p for p, i in zip(prompts, ids) if len(i) > tokenizer.model_max_length]
+        """Write the LoRA for diffusers. alpha / rank is multiplied into it: loaders take alpha = rank."""
+        scale = self.cfg.lora_alpha / self.cfg.lora_rank
+        weights = {}
+        for name, p in self.trainable.items():
+            name = f"{self.component}.{name}".replace(".default", "")
+            weights[name] = p * scale if "lora_B" in name else p
+        write(Path(folder) / "pytorch_lora_weights.safetensors", safetensors.torch.save(weights))
 
 
+@torch.no_grad()
 def generate(model, cfg, prompts):
     """Images (B, 3, H, W) of B prompts; the noise of image i is that of torch.Generator().manual_seed(i).
 
     In float32 a plain diffusers pipeline with the same generators draws the same images.
     """
-    policy, s = METHODS[cfg.method].policy, model.schedule(cfg.steps)
-    generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-    z = torch.stack([torch.randn(cfg.steps + 1, *model.shape, generator=g) for g in generators], 1)
+    s = model.schedule(cfg.steps)
+    shape = cfg.steps + 1, *model.shape
+    policy = METHODS[cfg.method].policy
     images = []
-    for i in progress(range(0, len(prompts), cfg.micro_batch), "drawing samples"):
-        micro = slice(i, i + cfg.micro_batch)
-        c = model.encode(prompts[micro])
-        x, _, _ = rollout(policy, model.eps, s, c, z[:, micro].to(model.device))
-        with torch.no_grad():
-            images.append(model.decode(x[-1]))
+    for i in progress(torch.arange(len(prompts)).split(cfg.micro_batch), "drawing samples"):
+        c = model.encode([prompts[n] for n in i])
+        z = [torch.randn(shape, generator=torch.Generator().manual_seed(n)) for n in i.tolist()]
+        x, _, _ = rollout(policy, model.eps, s, c, torch.stack(z, 1).to(model.device))
+        images.append(model.decode(x[-1]))
     return torch.cat(images)
 
 
 # =================================================== FILES ==================================================
-@contextlib.contextmanager
-def replacing(path):
-    """Write to the path that this yields; then it becomes `path` at once: a kill leaves the old file or the new."""
-    path = Path(path)
-    part = path.with_name(f"part-{path.name}")
-    yield part
-    os.replace(part, path)
+def write(path, data):
+    """Bytes to a file at once: a kill leaves the old file or the new one."""
+    part = Path(f"{path}.part")
+    part.write_bytes(data)
+    part.replace(path)
 
 
 def save_samples(model, cfg, reward, prompts, out, epoch):
-    """Write samples/epoch-0000.png: the same prompts and noise every time. Returns it as a Pillow image."""
+    """samples/epoch-0000.png: the same prompts and noise every time, with rewards. Returns the sheet."""
     prompts = (prompts * 16)[:16]
-    images, m = generate(model, cfg, prompts), cfg.micro_batch
-    r = torch.cat([reward(images[i : i + m], prompts[i : i + m]) for i in range(0, 16, m)])
-    captions = [f"{prompt}  {value:.2f}" for prompt, value in zip(prompts, r)]
-    sheet = sample_grid(images, captions, f"epoch {epoch}: reward {r.mean():.3f}")
-    with explained(f"cannot make a new folder {out}; give another --out, or --resume {out}"):
-        (out / "samples").mkdir(parents=True, exist_ok=epoch > 0)  # two runs never share a folder
-    with replacing(out / "samples" / f"epoch-{epoch:04d}.png") as part:
-        sheet.save(part)
+    images = generate(model, cfg, prompts)
+    r = reward(images, prompts, cfg.micro_batch)
+    captions = [f"{value:.2f} {prompt}" for value, prompt in zip(r, prompts)]
+    folder = out / "samples"
+    folder.mkdir(parents=True, exist_ok=epoch > 0)  # two runs never share a folder
+    sheet = sample_grid(images, captions)
+    sheet.save(folder / f"epoch-{epoch:04d}.png")
     return sheet
 
 
-def sample_grid(images, captions, title="", columns=8):
-    """Images (B, 3, H, W) in rows of `columns` with a caption below each, as one Pillow image."""
-    tile, line = max(128, images.shape[-1] // 2), 18
-    font = ImageFont.load_default(13)
-    height = tile + line
-    sheet = Image.new("RGB", (columns * tile, line + math.ceil(len(images) / columns) * height), "white")
-    ImageDraw.Draw(sheet).text((4, 1), title, "black", font)
-    for n, image in enumerate(to_pil(images)):
-        cell = Image.new("RGB", (tile, height), "white")
-        cell.paste(image.resize((tile, tile), Image.LANCZOS))
-        ImageDraw.Draw(cell).text((4, tile + 1), captions[n], "black", font)
-        sheet.paste(cell, (n % columns * tile, line + n // columns * height))
-    return sheet
+def sample_grid(images, captions, columns=8):
+    """Images (B, 3, H, W) in full rows of `columns`, with a caption below each, as one Pillow image."""
+    from diffusers.utils import make_image_grid
+    size = max(128, images.shape[-1] // 2)
+    cells = []
+    for image, caption in zip(to_pil(images), captions):
+        cell = ImageOps.expand(image.resize((size, size)), (0, 0, 0, 18), "white")  # for a caption
+        ImageDraw.Draw(cell).text((4, size + 1), caption, "black", font_size=13)
+        cells.append(cell)
+    return make_image_grid(cells, len(cells) // columns, columns)
 
 
 def save_curve(rows, cfg, out):
-    """reward.png: mean and standard deviation of the reward by epoch."""
-    mean, std = np.array([(row["reward_mean"], row["reward_std"]) for row in rows]).T
-    epochs = range(1, len(rows) + 1)
-    figure = Figure(layout="constrained")
-    axis = figure.subplots()
-    axis.plot(epochs, mean)
-    axis.fill_between(epochs, mean - std, mean + std, alpha=0.2)
+    """reward.png: the mean reward by epoch."""
+    axis = Figure(layout="constrained").subplots()
+    axis.plot(range(1, len(rows) + 1), [row["reward_mean"] for row in rows])
     axis.set_xlabel("epoch")
     axis.set_ylabel(f"reward: {cfg.reward}", parse_math=False)
-    with replacing(out / "reward.png") as part:
-        figure.savefig(part)
+    axis.figure.savefig(out / "reward.png")
 
 
 def save_metrics(rows, out):
     """metrics.csv: a row per epoch. Columns that some rows lack are empty there."""
-    columns = dict.fromkeys(name for row in rows for name in row)
-    with replacing(out / "metrics.csv") as part, open(part, "w", newline="") as file:
-        table = csv.DictWriter(file, columns, lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
-
-
-def save_checkpoint(model, optimizer, rows, history, out):
-    state = dict(trainable=model.trainable, optimizer=optimizer.state_dict(), history=history, rows=rows)
-    buffer = io.BytesIO()  # torch.save reports a full disk only as an internal error
-    torch.save(state, buffer)
-    with replacing(out / "checkpoint.pt") as part:
-        part.write_bytes(buffer.getvalue())
+    text = io.StringIO()
+    table = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write(out / "metrics.csv", text.getvalue().encode())
 
 
 def load_checkpoint(out, model):
-    """Put the weights of a run's checkpoint into the model. Returns the checkpoint, a dict. Raises BadInput."""
-    with explained(f"no checkpoint that fits in {out}; start a new run"):
+    """Put the weights of a run's checkpoint into the model. Returns it, a dict. Raises BadInput."""
+    with explained(f"{out} has no checkpoint of this model and LoRA; start a new run"):
         state = torch.load(Path(out) / "checkpoint.pt", map_location="cpu", weights_only=True)
-        saved, model_has = ({name: p.shape for name, p in w.items()} for w in (state["trainable"], model.trainable))
-        require(saved == model_has, f"the checkpoint in {out} is not of this model and LoRA")
         for name, p in model.trainable.items():
-            p.data.copy_(state["trainable"][name])
+            p.data.copy_(state["trainable"][name].view_as(p))  # fails if the shape is another
     return state
 
 
@@ -817,26 +795,22 @@ def read_config(out):
 
 # =============================================== COMMAND LINE ===============================================
 def parse(argv):
-    """The command line -> a Config, and whether to resume. Raises BadInput."""
-    summary = __doc__.split("\n\n")[0]
-    parser = transformers.HfArgumentParser(Config, allow_abbrev=False, description=summary)
+    """The command line -> a Config, and the run to resume or None. Raises BadInput."""
+    parser = transformers.HfArgumentParser(Config, add_help=False, allow_abbrev=False)
     parser.error = lambda message: require(False, f"{message} (--help lists the flags)")
     parser.add_argument("--resume", metavar="RUN", help="resume this run's folder; only --epochs may change")
     parser.set_defaults(model=None)
-    words = [word for word in argv if word not in ("-h", "--help")]
-    first = parser.parse_known_args(words)[0]
+    first = parser.parse_known_args(argv)[0]
     with explained(f"the settings of {first.model} do not fit"):
-        defaults = asdict(Config(**preset(first.method, first.model)))
+        cfg = Config(**preset(first.method, first.model))
     if first.resume:
-        defaults = asdict(read_config(first.resume)) | {"out": first.resume}
-    parser.set_defaults(**defaults)
-    used = vars(parser.parse_args(words))
-    parser.set_defaults(**used)  # so that --help shows the values that would be used
-    parser.parse_args(argv)
+        cfg = replace(read_config(first.resume), out=first.resume)
+    parser.set_defaults(**asdict(cfg))
+    parser.set_defaults(**vars(parser.parse_known_args(argv)[0]))  # --help shows what would be used
+    parser.add_argument("-h", "--help", action="help", help="show this and exit")
+    used = vars(parser.parse_args(argv))
     resume = used.pop("resume")
-    changed = [name for name in used if used[name] != defaults[name] and name != "epochs"]
-    require(not (resume and changed), f"with --resume only --epochs may change, not {' '.join(changed)}")
-    return Config(**used), bool(resume)
+    return Config(**used), resume
 
 
 def quiet():
@@ -851,22 +825,24 @@ def quiet():
 
 def main(argv=None):
     """The program. Returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    status = 2
     try:
-        cfg, resume = parse(sys.argv[1:] if argv is None else argv)
+        cfg, resume = parse(argv)
         quiet()
-        say(f"{cfg.method} on {cfg.model}" + ("" if torch.cuda.is_available() else " (no CUDA GPU here)"))
         train(cfg, resume)
         return 0
     except KeyboardInterrupt:
-        status, message = 130, "stopped; --resume with the run's folder continues after its last saved epoch"
+        status = 130
+        message = "stopped; --resume with the run's folder continues after its last saved epoch"
     except torch.OutOfMemoryError as e:
-        status, message = 2, f"out of GPU memory: lower --micro-batch or add --gradient-checkpointing ({e})"
+        message = f"out of GPU memory: lower --micro-batch or add --gradient-checkpointing ({e})"
     except (BadInput, OSError) as e:  # OSError: a full disk, or a folder that cannot be written
-        status, message = 2, e
+        message = e
     print(f"rlcm.py: {message}", file=sys.stderr)
     return status
 
 
 if __name__ == "__main__":
     sys.modules["rlcm"] = sys.modules["__main__"]  # for a model or reward file that imports rlcm
+    sys.stdout.reconfigure(errors="replace")  # for prompts that the terminal cannot print
     sys.exit(main())

@@ -1,19 +1,23 @@
 """What did a run learn? Mean reward of the base and of the tuned model, by number of steps.
 
     python bench/evaluate.py runs/NAME
+    python bench/evaluate.py runs/NAME --judges clip aesthetic             # rewards it was not trained on
     python bench/evaluate.py runs/NAME --prompts my_prompts.txt            # other held-out prompts
-    python bench/evaluate.py runs/NAME --steps 2 4 8 --guidance 4          # than those of the run
+    python bench/evaluate.py runs/NAME --steps 2 4 8 --guidance-scale 4    # than those of the run
 
-Prints a table and writes it to the run's folder, evaluation.csv and evaluation.png:
+Prints a table and writes it to the run's folder, as evaluation.csv and evaluation.png:
 
-steps            evaluations of the network for one picture: those of the run (H), for rlcm also 1, 2, 4, 8,
-                 for the diffusion methods also H / 2, 2 H, 10, 20, 50; or --steps
-weights          base: the pretrained model; tuned: with the run's LoRA
+weights          base: the pretrained model; tuned: with what the run learned
 prompts          training: the run's; held-out: --prompts
-reward           mean over --pictures pictures, base and tuned from the same noise
-standard_error   of that mean
-seconds          of drawing one picture, without its reward
+steps            network evaluations per image: those of the run, for rlcm also 1, 2, 4, 8, for ddpo and score
+                 also 2, 5, 10, 20, 50; or --steps
+reward           mean over --images images, base and tuned from the same noise; after +- its standard error,
+                 in the file reward_error; the same for each judge, in a column of its name
+seconds          to draw an image, without its reward
 """
+import contextlib
+import csv
+import io
 import itertools
 import sys
 import time
@@ -21,92 +25,100 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import torch
+import matplotlib
+from matplotlib.figure import Figure
 
 import rlcm
-from bench.sample import Parser, load_lora, open_run
+from bench.sample import Parser, open_run
 from rewards import get_prompts, get_reward
 
 
+# ---- What the other scripts use, too
 def write_rows(rows, path):
     """A list of dicts with the same keys to a csv file."""
-    lines = [",".join(map(str, line)) for line in (rows[0], *(row.values() for row in rows))]
-    rlcm.write(path, "\n".join(lines) + "\n")
+    text = io.StringIO()
+    table = csv.DictWriter(text, rows[0], lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    rlcm.write(path, text.getvalue().encode())
 
 
-def measure(model, cfg, prompts):
-    """Draw and score a picture of each prompt -> the pictures, and the last three columns."""
-    score, m = get_reward(cfg.reward, cfg.model), cfg.micro_batch
-    began = time.time()
-    images = rlcm.draw(model, cfg, prompts)
-    if images.is_cuda:
-        torch.cuda.synchronize()
-    seconds = (time.time() - began) / len(prompts)
-    r = torch.cat([score(images[i : i + m], prompts[i : i + m]) for i in range(0, len(prompts), m)])
-    error = r.std().item() / len(r) ** 0.5
-    return images, {"reward": r.mean().item(), "standard_error": error, "seconds": seconds}
-
-
-def evaluate(run, held_out="other-animals", steps=(), pictures=64, **changes):
-    """Measure a run's folder, with its settings but for `changes` -> the table's rows. Raises BadInput."""
-    run, held_out = Path(run), get_prompts(held_out)
-    rlcm.require(pictures > 1, f"--pictures {pictures}: at least 2")
+# ---- The script
+def evaluate(run, held_out="other-animals", steps=(), judges=(), count=64, **changes):
+    """Measure a run, with its settings except for `changes`. Returns the rows. Raises BadInput."""
+    run = Path(run)
+    rlcm.require(count > 1, f"--images {count}: at least 2")
     cfg, model = open_run(run, **changes)
-    H, more = cfg.steps, (1, 2, 4, 8)
-    if cfg.method != "rlcm":
-        more = (max(1, H // 2), 2 * H, 10, 20, 50)
-    numbers = sorted(set(steps or (H, *more)))
+    rewards = {"reward": get_reward(cfg.reward, cfg.model)}
+    rewards |= {name: get_reward(name, cfg.model) for name in judges}
+    sets = {"training": get_prompts(str(run / "prompts.txt")), "held-out": get_prompts(held_out)}
+    more = (1, 2, 4, 8) if cfg.method == "rlcm" else (2, 5, 10, 20, 50)
+    numbers = sorted(set(steps or (cfg.steps, *more)))
     for n in numbers:
         rlcm.check(replace(cfg, steps=n))
-    sets = {"training": get_prompts(cfg.prompts), "held-out": held_out}
+        with rlcm.explained(f"--steps {n} does not suit the model's scheduler"):
+            model.schedule(n)
+
+    rlcm.load_checkpoint(run, model)
+    states = {"base": model.reference, "tuned": contextlib.nullcontext}
     rows = []
-    print(f"{'weights':8} {'prompts':9} {'steps':>5} {'reward':>8} {'+-':>6} {'seconds':>8}")
-    for weights in ("base", "tuned"):
-        if weights == "tuned":
-            load_lora(model, run)
-        for (name, prompts), n in itertools.product(sets.items(), numbers):
-            prompts = (prompts * pictures)[:pictures]
-            _, found = measure(model, replace(cfg, steps=n), prompts)
-            rows.append({"steps": n, "weights": weights, "prompts": name} | found)
-            print(f"{weights:8} {name:9} {n:5d}", end=" ")
-            print("{reward:8.3f} {standard_error:6.3f} {seconds:8.4f}".format(**found), flush=True)
+    print(f"{'weights':8}{'prompts':10}{'steps':>5}", *(f"{name:>18}" for name in rewards), "  seconds")
+    for (weights, state), (name, prompts), n in itertools.product(states.items(), sets.items(), numbers):
+        prompts = (prompts * count)[:count]
+        began = time.time()
+        with state():
+            images = rlcm.generate(model, replace(cfg, steps=n), prompts)
+        images.sum().item()  # waits for the GPU
+        seconds = (time.time() - began) / count
+        row = {"weights": weights, "prompts": name, "steps": n}
+        cells = []
+        for column, reward in rewards.items():
+            r = reward(images, prompts, cfg.micro_batch)
+            row[column] = r.mean().item()
+            row[f"{column}_error"] = r.std().item() / count**0.5
+            cells.append(f"{row[column]:9.3f} +- {row[f'{column}_error']:.3f}")
+        rows.append(row | {"seconds": seconds})
+        print(f"{weights:8}{name:10}{n:5}", *cells, f"{seconds:9.4f}", flush=True)
+
     write_rows(rows, run / "evaluation.csv")
-    draw_figure(rows, run / "evaluation.png", cfg.reward)
+    save_figure(rows, rewards, f"reward: {cfg.reward}", run / "evaluation.png")
     print(f"wrote {run}/evaluation.csv and {run}/evaluation.png")
     return rows
 
 
-def draw_figure(rows, path, reward):
-    """Reward against number of steps: a line for each of the weights and prompts."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3.8), layout="constrained")
-    axis = figure.subplots()
-    for weights, prompts in dict.fromkeys((row["weights"], row["prompts"]) for row in rows):
-        line = [row for row in rows if (row["weights"], row["prompts"]) == (weights, prompts)]
-        steps, mean, error = zip(*((row["steps"], row["reward"], row["standard_error"]) for row in line))
-        style = dict(color="C0" if weights == "base" else "C1", marker="o", capsize=3)
-        style["linestyle"] = "-" if prompts == "training" else "--"
-        axis.errorbar(steps, mean, error, label=f"{weights}, {prompts}", **style)
-    axis.set(xlabel="evaluations of the network for one picture", ylabel=f"reward: {reward}", xscale="log")
-    ticks = sorted({row["steps"] for row in rows})
-    axis.set_xticks(ticks, [str(n) for n in ticks])
-    axis.minorticks_off()
-    axis.legend(fontsize=8, frameon=False)
+@matplotlib.rc_context({"text.parse_math": False})  # a $ in the name of a reward starts no formula
+def save_figure(rows, columns, title, path):
+    """A panel for each column of rewards, with a line for each of the weights and prompts."""
+    figure = Figure(figsize=(6 * len(columns), 4), layout="constrained")
+    axes = figure.subplots(1, len(columns), squeeze=False)[0]
+    for name, axis in zip(columns, axes):
+        for label, line in itertools.groupby(rows, lambda row: f"{row['weights']}, {row['prompts']}"):
+            points = [(row["steps"], row[name], row[f"{name}_error"]) for row in line]
+            color = "C0" if "base" in label else "C1"
+            style = "-" if "training" in label else "--"
+            axis.errorbar(*zip(*points), label=label, color=color, linestyle=style, marker="o", capsize=3)
+        axis.set(xlabel="steps", ylabel=title if name == "reward" else name, xscale="log")
+        steps = sorted({row["steps"] for row in rows})
+        axis.set_xticks(steps, steps)
+        axis.minorticks_off()
+    axes[0].legend(frameon=False)
     figure.savefig(path, dpi=120)
 
 
 def main(argv=None):
     p = Parser("evaluate", __doc__)
     p.add_argument("run", metavar="RUN", help="a run's folder")
+    p.add_argument("--judges", nargs="+", default=(), metavar="REWARD", help="other rewards, as in rlcm.py")
     p.add_argument("--prompts", default="other-animals", help="held-out prompts, as --prompts of rlcm.py")
     p.add_argument("--steps", nargs="+", type=int, default=(), metavar="N", help="numbers of steps to try")
-    p.add_argument("--guidance", type=float, help="guidance scale; default: the run's")
-    p.add_argument("--pictures", type=int, default=64, help="for each row of the table; default 64")
+    p.add_argument("--guidance-scale", type=float, help="default: the run's")
+    p.add_argument("--images", type=int, default=64, help="for each row of the table; default 64")
 
     def work(args):
-        changes = {} if args.guidance is None else {"guidance": args.guidance}
-        evaluate(args.run, args.prompts, args.steps, args.pictures, **changes)
+        changes = {}
+        if args.guidance_scale is not None:
+            changes["guidance_scale"] = args.guidance_scale
+        evaluate(args.run, args.prompts, args.steps, args.judges, args.images, **changes)
 
     return p.run(work, argv)
 

@@ -1,10 +1,10 @@
-"""Pictures of a run: the base model in the first row, the tuned one below it, from the same noise.
+"""Images of a run: the base model in the first row, the tuned one below it, from the same noise.
 
     python bench/sample.py runs/NAME "a cat" "a dog"                        # writes runs/NAME/sample.png
     python bench/sample.py runs/NAME "a cat" --strength 0.5 1 --out cat.png  # a tuned row for each strength
 
-Steps and guidance are the run's. The noise of picture i is that of torch.Generator().manual_seed(i), so a
-plain diffusers pipeline draws the same pictures.
+Steps and guidance are the run's. The noise of image i is that of torch.Generator().manual_seed(i), so a plain
+diffusers pipeline draws the same images.
 """
 import argparse
 import sys
@@ -18,21 +18,21 @@ import rlcm
 from rewards import BadInput
 
 
-# ---- what the other scripts use too
+# ---- What the other scripts use, too
 class Parser(argparse.ArgumentParser):
-    """Shows a script's docstring as its help; a wrong flag is one line."""
+    """Shows a script's docstring as its help, and says what is wrong in one line."""
 
     def __init__(self, name, doc):
         raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog=f"bench/{name}.py", description=doc, formatter_class=raw, allow_abbrev=False)
+        super().__init__(f"bench/{name}.py", description=doc, formatter_class=raw, allow_abbrev=False)
 
     def error(self, message):
         raise BadInput(f"{message} (--help lists the flags)")
 
     def run(self, work, argv=None, more=False):
-        """Call work(args) -> exit status: what it returns, 2 for bad input, 130 after Ctrl-C.
+        """Call work(args). Returns the exit status: its own or 0, 2 for bad input, 130 after Ctrl-C.
 
-        With `more`, flags that are not the script's own are allowed, and found in args.flags.
+        With `more`, args.flags holds the flags that are not the script's own; otherwise they are refused.
         """
         try:
             args, args.flags = self.parse_known_args(argv)
@@ -40,48 +40,48 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"unknown argument {args.flags[0]}")
             rlcm.quiet()
             return work(args) or 0
-        except (BadInput, OSError) as e:
-            status, message = 2, e
+        except (BadInput, OSError, torch.OutOfMemoryError) as e:
+            status = 2
+            message = e
         except KeyboardInterrupt:
-            status, message = 130, "stopped"
+            status = 130
+            message = "stopped"
         print(f"{self.prog}: {message}", file=sys.stderr)
         return status
 
 
 def open_run(run, **changes):
-    """A run's folder -> its config with the changes made, and its base model. Raises BadInput."""
-    cfg = replace(rlcm.read_config(run), compile=False, gradient_checkpointing=False, **changes)
+    """A run's settings, with some changed, and its model with fresh weights. Raises BadInput."""
+    cfg = replace(rlcm.read_config(run), gradient_checkpointing=False, **changes)
     rlcm.check(cfg)
-    there = (Path(run) / "pytorch_lora_weights.safetensors").exists()
-    message = f"{run} has no LoRA yet: the first one is saved after epoch {min(cfg.save_every, cfg.epochs)}"
-    rlcm.require(there, message)
-    return cfg, rlcm.load_model(cfg)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return cfg, rlcm.load_model(cfg, device)
 
 
-def load_lora(model, run):
-    """The run's LoRA in the place of the fresh one, as any diffusers pipeline loads it. Raises BadInput."""
-    model.pipe.delete_adapters("default")
-    try:
-        model.pipe.load_lora_weights(run)
-    except Exception as e:
-        raise BadInput(f"the LoRA in {run} does not fit its model ({rlcm.one_line(e)})") from e
-
-
-# ---- the script
+# ---- The script
 def sample(run, prompts, strengths=(1.0,), out=None):
-    """Draw the rows into a file -> its path. Raises BadInput."""
-    path = Path(out or Path(run) / "sample.png")
-    rlcm.require(path.suffix in (".png", ".jpg", ".webp"), f"--out {path}: end it in .png, .jpg or .webp")
-    rlcm.require(path.parent.is_dir(), f"there is no folder {path.parent}")
+    """Draw the rows into an image file. Returns its path. Raises BadInput."""
     cfg, model = open_run(run)
-    images, captions = [rlcm.draw(model, cfg, prompts)], [f"{prompt}, base" for prompt in prompts]
-    load_lora(model, run)
+    path = Path(out or Path(run) / "sample.png")
+    fits = path.suffix in (".png", ".jpg", ".webp") and path.parent.is_dir()
+    rlcm.require(fits, f"--out {path}: give a .png, .jpg or .webp file in a folder that exists")
+
+    with model.reference():
+        images = [rlcm.generate(model, cfg, prompts)]
+    captions = [f"{prompt}, base" for prompt in prompts]
+
+    # A LoRA adds lora_B lora_A to a layer, so it has half the strength when lora_B is halved.
     for strength in strengths:
-        model.pipe.set_adapters(model.pipe.get_active_adapters(), strength)
-        images.append(rlcm.draw(model, cfg, prompts))
+        rlcm.load_checkpoint(run, model)
+        scaled = [p for name, p in model.trainable.items() if "lora_B" in name]
+        rlcm.require(scaled or strength == 1, f"--strength {strength}: this model has no LoRA to scale")
+        for p in scaled:
+            p.data *= strength
+        images.append(rlcm.generate(model, cfg, prompts))
         name = "tuned" if strength == 1 else f"x {strength:g}"
         captions += [f"{prompt}, {name}" for prompt in prompts]
-    rlcm.sample_grid(torch.cat(images), captions, path, str(run), columns=len(prompts))
+
+    rlcm.sample_grid(torch.cat(images), captions, columns=len(prompts)).save(path)
     return path
 
 

@@ -1,0 +1,110 @@
+"""SDXL and its few-step relatives, for a card of 24 GB.
+
+    python rlcm.py --model examples/sdxl.py:dmd2 --reward aesthetic      # or lcm_lora, lcm, ssd_1b
+
+    lcm_lora  SDXL base with the LoRA latent-consistency/lcm-lora-sdxl        openrail++
+    lcm       U-Net latent-consistency/lcm-sdxl, which takes the guidance     openrail++
+    ssd_1b    U-Net latent-consistency/lcm-ssd-1b, the same in half the size  openrail++, base apache-2.0
+    dmd2      SDXL base with the LoRA of tianweiy/DMD2                        cc-by-nc-4.0: non-commercial
+
+The LoRA of a run is trained on top of the few-step LoRA, so a pipeline needs both:
+
+    pipe.load_lora_weights("latent-consistency/lcm-lora-sdxl", adapter_name="few-step")
+    pipe.load_lora_weights("runs/NAME", adapter_name="tuned")
+    pipe.set_adapters(["few-step", "tuned"])
+
+A pipeline of your own takes three lines in a file, here for --model my_sdxl.py:mine:
+
+    from diffusers import StableDiffusionXLPipeline
+    from examples.sdxl import SDXL
+    mine = lambda cfg, device: SDXL(StableDiffusionXLPipeline.from_pretrained("my-folder").to(device), cfg)
+
+Small random models draw what their plain pipelines draw. The real weights, and any GPU, have not been tried.
+"""
+import torch
+
+from rlcm import StableDiffusion
+
+BASE = "stabilityai/stable-diffusion-xl-base-1.0"
+
+# RLCM's own settings for the aesthetic reward, four GPUs as one; not tuned for SDXL. By arithmetic they take
+# 16 GB: U-Net 5.2, text encoders 1.6, VAE and LoRA 0.5, the reward's CLIP 0.9, activations of an image 7.8.
+# With --gradient-checkpointing 12: activations are then 0.7, and the most is decoding, 3.2 an image.
+SETTINGS = dict(
+    precision="bf16", resolution=1024, steps=4, epochs=200, batch_size=32, micro_batch=1, lr=1e-4,
+    lora_rank=8, lora_alpha=8, buffer_size=32, min_count=16, save_every=10,
+)  # fmt: skip
+
+
+class SDXL(StableDiffusion):
+    """A LoRA on SDXL: two text encoders, and a U-Net that is told the size of the image."""
+
+    def set_up(self):
+        super().set_up()
+        if self.pipe.vae.config.force_upcast:  # it overflows in half precision
+            self.pipe.vae.float()
+
+    @torch.no_grad()
+    def encode(self, prompts):
+        """B strings -> inputs of the U-Net; with classifier-free guidance 2B rows, first B empty prompts."""
+        options = dict(device=self.device, do_classifier_free_guidance=self.guided)
+        c, empty, pooled, empty_pooled = self.pipe.encode_prompt(prompts, **options)
+        if self.guided:
+            c = torch.cat([empty, c])
+            pooled = torch.cat([empty_pooled, pooled])
+        size = [self.cfg.resolution, self.cfg.resolution]
+        time_ids = torch.tensor([size + [0, 0] + size] * len(c), device=self.device)  # original, crop, target
+        w = None
+        if dim := self.network.config.time_cond_proj_dim:
+            scale = torch.full((len(c),), self.cfg.guidance_scale - 1.0)
+            w = self.pipe.get_guidance_scale_embedding(scale, dim).to(self.device, self.dtype)
+        added = dict(text_embeds=pooled, time_ids=time_ids)
+        return dict(encoder_hidden_states=c, added_cond_kwargs=added, timestep_cond=w)
+
+    def predict(self, x, t, c):
+        return self.network(x, t, **c).sample
+
+
+def load(cfg, device, source, unet=None, lora=None, file=None, **scheduler):
+    """The pipeline `source` with a few-step U-Net or LoRA and an LCMScheduler, as an SDXL."""
+    from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+
+    precision = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+    options = dict(variant="fp16")
+    if unet:
+        options["unet"] = UNet2DConditionModel.from_pretrained(unet, dtype=torch.float32, **options)
+    dtypes = dict(default=precision, unet=torch.float32, vae=torch.float32)
+    pipe = StableDiffusionXLPipeline.from_pretrained(source, dtype=dtypes, **options)
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, **scheduler)
+
+    # The LoRA becomes part of the U-Net, and so of the reference. It is added in float32: bf16 would round
+    # away what is small beside a weight.
+    if lora:
+        pipe.load_lora_weights(lora, weight_name=file)
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+    pipe.unet.to(precision)
+    return SDXL(pipe.to(device), cfg)
+
+
+def lcm_lora(cfg, device):
+    return load(cfg, device, BASE, lora="latent-consistency/lcm-lora-sdxl")
+
+
+def lcm(cfg, device):
+    return load(cfg, device, BASE, unet="latent-consistency/lcm-sdxl")
+
+
+def ssd_1b(cfg, device):
+    return load(cfg, device, "segmind/SSD-1B", unet="latent-consistency/lcm-ssd-1b")
+
+
+def dmd2(cfg, device):
+    """At the timesteps of its training: 999, 749, 499, 249. LCMScheduler's default is 999, 759, 499, 259."""
+    file = "dmd2_sdxl_4step_lora_fp16.safetensors"
+    return load(cfg, device, BASE, lora="tianweiy/DMD2", file=file, original_inference_steps=4)
+
+
+# Guidance as published: none for the LoRAs, 8 for the U-Nets, which were distilled at 3 to 13.
+lcm_lora.settings = dmd2.settings = SETTINGS | dict(guidance_scale=1.0)
+lcm.settings = ssd_1b.settings = SETTINGS | dict(guidance_scale=8.0)
