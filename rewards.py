@@ -31,7 +31,7 @@ from PIL import Image
 
 
 class BadInput(ValueError):
-    """Something the user gave is wrong; the message is one line that says what, and what to do about it."""
+    """The user's input is wrong; the message is one line that says what is wrong and what to do about it."""
 
 
 def require(ok, message):
@@ -42,14 +42,14 @@ def require(ok, message):
 
 def one_line(e):
     """An exception's type and message."""
-    return f"{type(e).__name__}: {' '.join(str(e).partition(chr(27))[0].split())[:160]}"  # no colours
+    return f"{type(e).__name__}: {' '.join(str(e).partition(chr(27))[0].split())[:160]}"  # no colour codes
 
 
 @contextlib.contextmanager
 def explained(what):
-    """Run code of others: whatever goes wrong is a BadInput, `what` and the cause in brackets.
+    """Run other people's code: any exception becomes a BadInput that says `what`, with the cause in brackets.
 
-    PyTorch's grad mode, default dtype and default device are put back afterwards.
+    PyTorch's grad mode, default dtype and default device are restored afterwards.
     """
     grad, dtype, device = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
     try:
@@ -77,14 +77,14 @@ HUB = {  # hub ids, or folders, of the models behind the rewards
 }
 TINY_CLIP = str(Path(__file__).resolve().parent / "tiny" / "clip")
 BERT_LAYER = 40  # bert-score 0.3.13: this encoder's best layer
-BERT_RECALL = 0.5170288  # ... and mean recall of unrelated English sentences there
-DTYPE = {"cuda": torch.float16}  # of the models on a device of that type; float32 elsewhere
+BERT_RECALL = 0.5170288  # ... and the mean recall of unrelated English sentences at that layer
+DTYPE = {"cuda": torch.float16}  # of models on that type of device; float32 elsewhere
 
 
 @functools.cache
 def load(kind, source, device=None, **options):
-    """transformers' `kind` from `source`, once: a model on `device`, a processor, or a file of tensors."""
-    advice = "it is downloaded from the Hugging Face Hub, or put its cache (HF_HOME) here"
+    """transformers' `kind` from `source`, cached: a model on `device`, a processor, or a file of tensors."""
+    advice = "connect to the Hugging Face Hub, or set HF_HOME to a cache that has it"
     with explained(f"cannot load {source}: {advice}; compress and incompress need no model"):
         import transformers
 
@@ -95,7 +95,7 @@ def load(kind, source, device=None, **options):
         if device:
             options["dtype"] = DTYPE.get(device.type, torch.float32)
         loaded = getattr(transformers, kind).from_pretrained(source, **options)
-    for p in loaded.parameters() if device else ():  # DeBERTa's q_bias and v_bias come as float32
+    for p in loaded.parameters() if device else ():  # DeBERTa's q_bias and v_bias load as float32
         p.data = p.data.to(options["dtype"])  # not loaded.to(dtype): LLaVA's rotary buffers must stay float32
     return loaded.requires_grad_(False).to(device) if device else loaded
 
@@ -158,18 +158,18 @@ def clip(images, prompts, source=None):
 
 
 def pickscore(images, prompts):
-    """PickScore, what people prefer: logit scale x cos of a CLIP-H tuned on their choices, about 17 to 24
+    """PickScore, a CLIP-H tuned on human preferences: logit scale x cos, about 17 to 24
 
-    Kirstain et al. 2023, arXiv 2305.01569. Not divided by anything (some divide by 26). Differentiable.
+    Kirstain et al. 2023, arXiv 2305.01569. Not rescaled (some code divides it by 26). Differentiable.
     """
     image, prompt, scale = clip_embed(images, prompts, HUB["pickscore"], HUB["pickscore-processor"])
     return scale * (image * prompt).sum(1)
 
 
 def aesthetic(images, prompts):
-    """LAION's aesthetic predictor on CLIP ViT-L/14: the rating people would give, 1 to 10
+    """LAION's aesthetic predictor on CLIP ViT-L/14: the rating that people would give, 1 to 10
 
-    github.com/christophschuhmann/improved-aesthetic-predictor, the linear one, as DDPO, RLCM. Differentiable.
+    github.com/christophschuhmann/improved-aesthetic-predictor, linear, as in DDPO and RLCM. Differentiable.
     """
     x, _, _ = clip_embed(images, prompts, HUB["clip"], HUB["clip"])  # (B, 768)
     head = load("aesthetic-model.pth", HUB["aesthetic"])  # 768 - 1024 - 128 - 64 - 16 - 1
@@ -198,7 +198,7 @@ def bert_recall(references, candidates, device):
     tokenizer = load("AutoTokenizer", HUB["bert"])
     model = load("AutoModel", HUB["bert"], device, num_hidden_layers=BERT_LAYER)
 
-    def embed(sentences):  # -> unit vectors (B, L, E), is it a token (B, L), is it of the sentence (B, L)
+    def embed(sentences):  # -> unit vectors (B, L, E); masks (B, L): not padding, not special
         options = dict(padding=True, truncation=True, return_special_tokens_mask=True, return_tensors="pt")
         tokens = tokenizer(sentences, **options).to(device)
         special = tokens.pop("special_tokens_mask").bool()  # padding, too
@@ -213,11 +213,11 @@ def bert_recall(references, candidates, device):
 
 
 def align(images, prompts, llava=None):
-    """does a LLaVA's description say what the prompt says? BERTScore recall, 0 for unrelated texts, 1 at most
+    """does LLaVA's description say what the prompt says? BERTScore recall: 0 for unrelated texts, at most 1
 
-    As DDPO and RLCM compare them, with two differences: LLaVA-1.5 7B describes the images (there 13B of
-    the first LLaVA; nearest: align_13b), and sees them as they are (there as JPEG-80, sent to a server).
-    They report the recall before rescaling: 0.517 + 0.483 x this.
+    As in DDPO and RLCM, with two differences: LLaVA-1.5 7B describes the images (theirs is the first LLaVA's
+    13B; align_13b is closest), and it sees them uncompressed (theirs sees a JPEG of quality 80).
+    They report the recall before rescaling, which is 0.517 + 0.483 x this.
     """
     said = describe(images, llava or HUB["llava"])
     recall = bert_recall([f"The image contains {p}" for p in prompts], said, images.device)
@@ -235,7 +235,7 @@ HELP += "; path/to/file.py:function; or a sum with weights, aesthetic:1,compress
 
 
 def get_reward(name, model=None):
-    """The reward of that name, or sum of several; with model "tiny", clip is its own. Raises BadInput."""
+    """The reward of that name, or a sum of several; with model "tiny", clip is tiny/clip. Raises BadInput."""
     names = [part.strip() for part in name.split(",")]
     require(all(names), f"an empty part in the reward {name!r}: write a sum as aesthetic:1,compress:0.05")
     require(len(set(names)) == len(names), f"the reward {name!r} has a part twice: add up its weights")
@@ -267,7 +267,7 @@ def get_term(part, model):
         fn = functools.partial(clip, source=TINY_CLIP)
     with explained(f"the weight {weight!r} of the reward {name!r} is not a finite number like 0.5"):
         scale = float(weight)
-        int(scale)  # fails for infinity and for what is not a number
+        int(scale)  # fails for infinity and NaN
     return functools.partial(checked, part, fn, scale)
 
 
@@ -275,7 +275,7 @@ def checked(part, fn, scale, images, prompts):
     """scale x fn(images, prompts), (B,) float32, on their device. BadInput unless it is B finite numbers."""
     require(images.isfinite().all(), f"the images for the reward {part!r} are not finite numbers")
     with explained(f"the reward {part!r} failed"):
-        torch.set_grad_enabled(images.requires_grad)  # in rlcm.py they do not
+        torch.set_grad_enabled(images.requires_grad)  # rlcm.py's images do not
         r = torch.as_tensor(fn(images.clone(), list(prompts)))  # copies, so in-place changes do no harm
         require(not r.is_complex(), f"the reward {part!r} returned complex numbers")
         r = scale * r.float().to(images.device)  # integers would truncate the advantages
@@ -295,12 +295,12 @@ def load_function(spec):
     key = str(file)
     with explained(f"the file {path} does not load"):
         found = "." in file.stem or importlib.util.find_spec(file.stem)
-        if not found or getattr(found, "origin", None) == key:  # else another module has that name
+        if not found or getattr(found, "origin", None) == key:  # otherwise another module has that name
             key = file.stem
         if key not in sys.modules:
-            sys.path.append(str(file.parent))  # for its neighbours
+            sys.path.append(str(file.parent))  # so that it can import its neighbours
             spec = importlib.util.spec_from_file_location(key, file)
-            sys.modules[key] = importlib.util.module_from_spec(spec)  # where a dataclass of the file looks
+            sys.modules[key] = importlib.util.module_from_spec(spec)  # dataclasses look there
             try:
                 with contextlib.redirect_stderr(io.StringIO()):  # hides "usage: ..."
                     spec.loader.exec_module(sys.modules[key])
@@ -314,13 +314,13 @@ def load_function(spec):
 
 
 def require_own_neighbours(file):
-    """Raise BadInput if a file that was just imported got another module than its neighbour of that name."""
+    """Raise BadInput if a newly imported file got another module in place of its neighbour of that name."""
     for neighbour in file.parent.glob("*.py"):
         module = sys.modules.get(neighbour.stem)
         imports = rf"^\s*(from\s+|import\s+(.*,\s*)?){neighbour.stem}\b"
         if module and re.search(imports, file.read_text(encoding="utf-8"), re.MULTILINE):
             own = Path(module.__file__).resolve() == neighbour
-            require(own, f"{file} needs its own {neighbour.name}, not {module.__file__}: rename it")
+            require(own, f"{file} imports {neighbour.name} but gets {module.__file__}: rename one")
 
 
 # ---------------------------------------------------------------------------------------------------- prompts
@@ -341,7 +341,7 @@ PROMPTS["animals-activities"] = [
 
 
 def get_prompts(name):
-    """List of prompts: a set of that name, the non-empty lines of a text file, or the words themselves.
+    """List of prompts: the set of that name, the non-empty lines of a text file, or the words themselves.
 
     Words are a prompt if there are two or more, no file has that name, and they do not end in .txt.
     """
@@ -349,11 +349,11 @@ def get_prompts(name):
         return list(PROMPTS[name])
     if len(name.split()) > 1 and not os.path.exists(name) and not name.endswith(".txt"):
         return [" ".join(name.split())]
-    sets = f"{', '.join(PROMPTS)}, a file, one prompt a line, or two words or more"
+    sets = f"{', '.join(PROMPTS)}, a text file with one prompt per line, or two words or more"
     with explained(f"no prompt set and no readable text file {name!r}: choose from {sets}"):
         text = Path(name).read_text(encoding="utf-8-sig")  # Notepad's files begin with a byte-order mark
     table = name.endswith((".csv", ".tsv", ".json", ".jsonl")) or re.match(r'\s*[\[{]\s*["\[{]|.*\t', text)
-    require(not table, f"{name} is a table or JSON: write one prompt a line into a text file")
+    require(not table, f"{name} is a table or JSON: give a text file with one prompt per line")
     prompts = [line.strip() for line in text.split("\n") if line.strip()]
-    require(prompts, f"the prompt file {name} is empty: write one prompt a line")
+    require(prompts, f"the prompt file {name} is empty: write one prompt per line")
     return prompts

@@ -2,7 +2,7 @@
 
     python rlcm.py --reward compress --steps 4              # train: writes images and a LoRA to runs/NAME/
     python rlcm.py --reward my_reward.py:redness --prompts my_prompts.txt
-    python rlcm.py --method ddpo --reward compress          # or score: the same loop, another Gaussian
+    python rlcm.py --method ddpo --reward compress          # or score: the same loop, a different Gaussian
     python rlcm.py --model my_model.py:load                 # a network of your own: see class StableDiffusion
     python rlcm.py --resume runs/NAME                       # resume an interrupted run
     accelerate launch rlcm.py --reward compress             # several GPUs: the batch is split across them
@@ -35,14 +35,15 @@ KL_k is not in A_k: it depends on the state x_k, not on the action drawn there, 
 directly. The action is only charged for the KL of the later steps, whose states it changes.
 
 GLOSSARY      shape           meaning; symbol in the papers
-    B, H, D                   images in a batch; steps (network evaluations); numbers in a latent
+    B, H, D                   images in a batch; steps (network evaluations); elements of a latent
     x         (B, C, h, w)    latent before a step; x_0 ~ N(0, I) is noise, x_H is decoded
-    k                         number of the step, an int
+    k                         index of the step, an int
     c                         encoded prompts: whatever model.encode returns
     s                         schedule: s.t (H,) timestep of each step (tau_n in RLCM); s.alpha_bar and
                               s.alpha_bar_next (H,) alpha-bar before and after the step, the signal's share
-                              of the variance; s.std (H,) of the noise added; s.actions: steps with noise
-    eps       a function      eps(x, t, c) -> (B, C, h, w): the noise that the network sees in x
+                              of the variance; s.std (H,) std of the added noise; s.actions: list of the
+                              steps that add noise
+    eps       a function      eps(x, t, c) -> (B, C, h, w): the noise that the network predicts in x
     pred_x0   (B, C, h, w)    predicted clean latent, x_0 with a hat in the papers
     ref                       reference: the pretrained model, which is the network without its LoRA
     log_p     (B,)            log-prob of an action; ratio = exp(log_p - log_p_old)
@@ -84,7 +85,7 @@ import rewards
 from rewards import PROMPTS, BadInput, explained, get_prompts, get_reward, load_function, require, to_pil
 
 # ================================================== METHOD ==================================================
-# Everything above CONFIG needs only torch, numpy, math, SimpleNamespace and functions above it: copy it.
+# Everything from here to CONFIG needs only torch, numpy, math and SimpleNamespace, so it can be copied.
 
 
 # ---- The three policies: x (B, C, h, w), int k, c -> mean (B, C, h, w) and std, a scalar, of x_{k+1}
@@ -146,7 +147,8 @@ def score_schedule(scheduler, cfg):
     """Continuous time: the model's log alpha-bar, interpolated linearly between its timesteps.
 
     The forward SDE dX = -1/2 beta X dt + sqrt(beta) dB has alpha_bar(t) = exp(-integral of beta up to t).
-    Steps are even in the cube root of that integral: small near the data, where leftover noise would show.
+    Steps are evenly spaced in the cube root of that integral: small near the data, where leftover noise
+    would be visible.
     """
     integral = -scheduler.alphas_cumprod.double().log()  # at t = 0 .. 999
     root = torch.linspace(1, 0, cfg.steps + 1).double()
@@ -158,20 +160,20 @@ def score_schedule(scheduler, cfg):
 
 
 def eta_one(alpha_bar, alpha_bar_next):
-    """Std of each step, (H,): DDIM's eq. 16 with eta = 1. In small steps it is sqrt(beta dt)."""
+    """Std of each step, (H,): DDIM's eq. 16 with eta = 1. For small steps it is about sqrt(beta dt)."""
     return ((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)).sqrt()
 
 
 def make_schedule(t, alpha_bar, alpha_bar_next, std, **step):
-    """The namespace s of the glossary from four tensors (H,), and options of the scheduler's own step()."""
+    """The glossary's s from four tensors (H,). `step` holds keyword arguments of the scheduler's step()."""
     s = SimpleNamespace(t=t, alpha_bar=alpha_bar, alpha_bar_next=alpha_bar_next, std=std, step=step)
     s.actions = std.nonzero().flatten().tolist()
     return s
 
 
-# A new sampler is one entry here. `scheduler` is the diffusers class that people sample with. A model with
-# another one is converted to it with `options`, or refused if there are none. When a run starts, the steps of
-# the method `plain` are compared with that scheduler's own. `tiny` is the embedded model to train.
+# A new sampler is one entry here. `scheduler` is the diffusers class that people sample with. A model that
+# comes with another one gets this one, with `options`; without options it is refused. When a run starts, the
+# steps of the method `plain` are compared with the scheduler's. `tiny` is the embedded model to train.
 LCM = dict(scheduler="LCMScheduler", options={}, plain="rlcm", tiny="tiny/lcm")
 DDIM = dict(scheduler="DDIMScheduler", options={"clip_sample": False}, plain="ddpo", tiny="tiny/sd")
 METHODS = {
@@ -182,7 +184,7 @@ METHODS = {
 
 
 def log_prob(x_next, mean, std):
-    """log N(x_next; mean, std^2 I) averaged over the D numbers of a latent.
+    """log N(x_next; mean, std^2 I) averaged over the D elements of a latent.
 
     x_next, mean: (B, C, h, w); std: scalar; returns (B,). It is averaged, not summed, as in the official code
     of DDPO and RLCM. That makes log-ratios D times smaller, so the clip range is scaled by 1/D as well: 1e-4
@@ -193,7 +195,7 @@ def log_prob(x_next, mean, std):
 
 
 def gaussian_kl(mean, mean_ref, std):
-    """KL( N(mean, std^2 I) || N(mean_ref, std^2 I) ) in nats, summed over the D numbers of a latent.
+    """KL( N(mean, std^2 I) || N(mean_ref, std^2 I) ) in nats, summed over the D elements of a latent.
 
     mean, mean_ref: (B, C, h, w); std: scalar; returns (B,). For `score`, in small steps, it is Girsanov's
     1/2 beta dt |a_theta - a_ref|^2 (SaA, section 3).
@@ -223,7 +225,7 @@ def rollout(policy, eps, s, c, z):
 def path_kl(policy, eps_ref, s, c, x, means):
     """KL_k along a rollout's x and means. Returns mean_ref, a dict: action k -> (B, C, h, w), and kl (B, H).
 
-    Their sum bounds the KL of the finished latents where every step is an action (SaA, section 3).
+    The sum of KL_k bounds the KL of the finished latents if every step is an action (SaA, section 3).
     """
     mean_ref = {}
     kl = x[0].new_zeros(len(x[0]), len(means))
@@ -255,7 +257,7 @@ def advantages(r, prompts, history, buffer_size, min_count, adv_clip):
 
 
 def policy_loss(log_p, log_p_old, A, algo="ppo", clip_range=1e-4):
-    """Loss and ratio of n actions: log_p, log_p_old, A: (n,); returns two of (n,).
+    """Loss and ratio of n actions. log_p, log_p_old, A, loss and ratio are all (n,).
 
     With one optimizer step per rollout the ratio is 1, nothing is clipped, and PPO's gradient is REINFORCE's.
     """
@@ -273,19 +275,19 @@ def flag(default, meaning):
 
 @dataclass
 class Config:
-    """All settings of a run; the flags are generated from it. The defaults are rlcm on the embedded model."""
+    """Settings of a run; the flags are generated from them. The defaults train rlcm on the embedded model."""
 
     reward: str = flag("compress", rewards.HELP)
     method: Literal["rlcm", "ddpo", "score"] = flag("rlcm", "consistency model, diffusion model, reverse SDE")
-    algo: Literal["ppo", "reinforce"] = flag("ppo", "clipped ratio, or plain score function")
-    model: str = flag("tiny", "tiny, folder or hub id of a diffusers pipeline, or path/to/file.py:function")
+    algo: Literal["ppo", "reinforce"] = flag("ppo", "PPO's clipped ratio, or plain REINFORCE")
+    model: str = flag("tiny", "tiny, a diffusers pipeline (folder or hub id), or path/to/file.py:function")
     prompts: str = flag("animals", f"{', '.join(PROMPTS)}, a text file of prompts, or a quoted prompt")
     resolution: int = flag(64, "height and width of the images in pixels")
     steps: int = flag(4, "H, network evaluations per image")
     epochs: int = flag(27, "number of rollouts")
     batch_size: int = flag(64, "B, images per rollout")
-    micro_batch: int = flag(32, "images per network pass and per call of the reward; changes memory only")
-    group_size: int = flag(1, "images per prompt in a batch; more than 1 makes the advantage GRPO's")
+    micro_batch: int = flag(32, "images per network pass and per reward call; affects only memory and speed")
+    group_size: int = flag(1, "images per prompt in a batch; GRPO if --buffer-size is no larger")
     updates: int = flag(1, "optimizer steps per epoch, each on an equal part of the batch")
     lr: float = flag(9e-4, "learning rate of Adam")
     kl: float = flag(0.0, "lambda: penalty per nat of KL, in standard deviations of the reward")
@@ -293,26 +295,27 @@ class Config:
     lora_rank: int = flag(16, "rank of the LoRA")
     lora_alpha: int = flag(16, "alpha of the LoRA, which is scaled by alpha / rank")
     clip_range: float = flag(1e-4, "PPO's epsilon; small because the log-prob is averaged over the latent")
-    adv_clip: float = flag(10.0, "advantages are clipped to this range")
+    adv_clip: float = flag(10.0, "advantages are clipped to plus or minus this")
     buffer_size: int = flag(8, "rewards remembered per prompt")
     min_count: int = flag(4, "until a prompt has this many rewards, the batch's mean and std are used")
     max_grad_norm: float = flag(5.0, "the gradient is clipped to this norm")
-    precision: Literal["fp32", "bf16"] = flag("fp32", "of the network; bf16 by default at full size on a GPU")
+    precision: Literal["fp32", "bf16"] = flag("fp32", "network dtype; bf16 by default at full size on a GPU")
     gradient_checkpointing: bool = flag(False, "less memory and more time for the same gradient")
     log_with: Literal["", "wandb", "tensorboard"] = flag("", "also log metrics and sample grids there")
     seed: int = flag(0, "seed of the LoRA, the prompts and the noise")
     save_every: int = flag(4, "epochs between sample grids and saved LoRAs")
-    out: str = flag("", "folder of the run; by default runs/METHOD-REWARD-SEED-TIME")
+    out: str = flag("", "folder of the run; default runs/METHOD-REWARD-SEED-TIME-PID")
 
 
 FULL = {
-    # RLCM's code and Table 1 for compress, its four GPUs as one; docs/papers.md has the other tasks.
+    # RLCM's code and Table 1 for compress, the batches of its four GPUs as one, but 4 steps and 512 pixels
+    # where RLCM has 8 and 768. docs/papers.md has the other tasks.
     "rlcm": dict(
         model="SimianLuo/LCM_Dreamshaper_v7", precision="bf16", resolution=512, epochs=1000, batch_size=16,
         micro_batch=4, lr=1e-4, guidance_scale=8.0, lora_rank=16, lora_alpha=32, buffer_size=16, min_count=16,
         save_every=10,
     ),
-    # ddpo-pytorch's config/dgx.py for compress, its eight GPUs as one.
+    # ddpo-pytorch's config/dgx.py for compress, the batches of its eight GPUs as one.
     "ddpo": dict(
         model="Lykon/dreamshaper-7", precision="bf16", resolution=512, steps=50, epochs=100, batch_size=256,
         micro_batch=4, updates=4, lr=3e-4, guidance_scale=5.0, lora_rank=4, lora_alpha=4, adv_clip=5.0,
@@ -320,7 +323,7 @@ FULL = {
     ),
 }  # fmt: skip
 FULL["score"] = FULL["ddpo"]  # its authors' settings are for one prompt and a reward that is not built in
-TINY = {  # the embedded model, tuned on seeds 0 to 2: docs/results.md
+TINY = {  # settings for the embedded model, chosen on seeds 0 to 2: docs/results.md
     "rlcm": {},  # Config's defaults
     "ddpo": dict(steps=5, epochs=24, lr=1.5e-3, guidance_scale=3.0, lora_rank=4, lora_alpha=4),
     "score": dict(steps=6, epochs=26, lr=2.5e-3, guidance_scale=3.0),
@@ -331,7 +334,7 @@ def preset(method="rlcm", model=None):
     """Settings for Config(**...), a dict. Raises BadInput for a model file that does not load.
 
     Without a model: the papers' model on a CUDA GPU, the embedded one elsewhere. A model of your own starts
-    from Config's defaults and the dict `settings` that its function may carry.
+    from Config's defaults and, if its function has one, the dict `settings`.
     """
     gpu = torch.cuda.is_available()
     model = model or (FULL[method]["model"] if gpu else "tiny")
@@ -349,8 +352,8 @@ def check(cfg):
         if type(value) in (int, float):
             zero = value == 0 and name in ("kl", "guidance_scale", "seed")
             flag = f"--{name.replace('_', '-')} {value}"
-            require(zero or 0 < value < 2**40, f"{flag}: must be a positive number, and not a huge one")
-    require(cfg.min_count <= cfg.buffer_size, "--min-count: at most --buffer-size")
+            require(zero or 0 < value < 2**40, f"{flag}: must be a positive number below 2**40")
+    require(cfg.min_count <= cfg.buffer_size, "--min-count must be at most --buffer-size")
     require(cfg.algo == "ppo" or cfg.updates == 1, "--algo reinforce has no ratio: --updates must be 1")
     installed = not cfg.log_with or cfg.log_with in packages_distributions()
     require(installed, f"--log-with {cfg.log_with}: first pip install {cfg.log_with}")
@@ -410,7 +413,7 @@ def train(cfg, resume=False, on_epoch=None):
         require(not changed, f"with --resume only --epochs may change: {sorted(changed)}")
         require(len(rows) < cfg.epochs, f"{out} already has {len(rows)} epochs: give more --epochs")
 
-    # The images of the untrained model make the run's folder: a broken reward fails here.
+    # The first sample grid, of the pretrained model, creates the run's folder. A broken reward fails here.
     if accelerator.is_main_process:
         if not resume:
             advice = f"if the folder exists, give another --out, or --resume {out}"
@@ -434,8 +437,8 @@ def train(cfg, resume=False, on_epoch=None):
         batch = [prompts[n] for n in drawn.repeat_interleave(cfg.group_size)]
         z = torch.randn(H + 1, B, *model.shape, generator=generator)
 
-        # 1. Rollout: the sampler is the policy, and the reward is given to the finished images. A micro-batch
-        # goes through the network together, now and again in the update, and is kept as it is until then.
+        # 1. Rollout: the sampler is the policy, and the reward is given to the finished images. The images of
+        # a micro-batch go through the network together, here and in the update, so it is kept until then.
         minibatches = []
         terms = []
         kl = torch.zeros(B, H, device=model.device)  # stays 0 without a penalty
@@ -460,10 +463,10 @@ def train(cfg, resume=False, on_epoch=None):
         kl = accelerator.reduce(kl, "sum").T  # (H, B)
         r = terms.sum(1)
         A = advantages(r, batch, history, cfg.buffer_size, cfg.min_count, cfg.adv_clip)
-        kl_to_go = kl.sum(0) - kl.cumsum(0)  # KL_k itself is not in it
+        kl_to_go = kl.sum(0) - kl.cumsum(0)  # KL_k itself is left out
         A = A - lam * (kl_to_go - kl_to_go.mean(1, keepdim=True))  # (H, B)
 
-        # 3. Policy gradient: each action of the rollout again, now with gradients.
+        # 3. Policy gradient: evaluate each action of the rollout again, now with gradients.
         stats = []
         norms = []
         for minibatch in minibatches:
@@ -537,7 +540,7 @@ def train(cfg, resume=False, on_epoch=None):
     return out
 
 
-# A progress bar in the first process, which appears only when it takes long.
+# A progress bar, in the first process only. It appears if the work takes more than three seconds.
 progress = partial(tqdm, leave=False, delay=3, dynamic_ncols=True, disable=os.getenv("RANK", "0") != "0")
 
 
@@ -562,15 +565,15 @@ class StableDiffusion:
     """A LoRA on Stable Diffusion 1 or 2, or on one of their consistency models.
 
     `train` uses nothing but these members, so it trains any class that has them: --model file.py:function,
-    where function(cfg, device) returns one. A relative of this class names the `component` of its pipeline
-    that is trained and overrides `encode` and `predict`, and `set_up` if its scheduler is of another family.
+    where function(cfg, device) returns one. A subclass names the `component` of its pipeline that is
+    trained and overrides `encode` and `predict`, and for another kind of scheduler `set_up` and `schedule`.
 
         shape               (C, h, w) of a latent
         device              where latents, c and images are
         trainable           dict: name -> parameter, float32
         schedule(H)         returns s as in the glossary, for the policy of cfg.method
         encode(prompts)     B strings -> c, anything that eps understands
-        eps(x, t, c)        x (B, C, h, w), t a scalar -> predicted noise like x, float32, differentiable
+        eps(x, t, c)        x (B, C, h, w), t a scalar -> noise, shaped like x, float32, differentiable
         decode(x)           clean latents (B, C, h, w) -> images (B, 3, H, W), float32 in [0, 1]
         reference()         a context in which eps is the pretrained network's
         save(folder)        writes the trained weights into a run's folder
@@ -580,7 +583,7 @@ class StableDiffusion:
     lora_layers = ["to_q", "to_k", "to_v", "to_out.0"]  # of every attention, as in both official codes
 
     def __init__(self, pipe, cfg):
-        """pipe: a diffusers pipeline, on its device. Raises BadInput for what would be trained wrongly."""
+        """pipe: a diffusers pipeline, on its device. Raises BadInput for models it would train wrongly."""
         from diffusers.training_utils import cast_training_params
         from peft import LoraConfig
         self.pipe = pipe
@@ -590,7 +593,7 @@ class StableDiffusion:
         self.dtype = self.network.dtype
         self.set_up()
 
-        # Everything is frozen but a fresh LoRA, whose weights are float32 whatever the network's dtype.
+        # Everything is frozen except a new LoRA, whose weights are float32 whatever the network's dtype.
         pipe.vae.requires_grad_(False)
         self.network.requires_grad_(False)
         lora = LoraConfig(
@@ -611,7 +614,7 @@ class StableDiffusion:
             self.network.enable_gradient_checkpointing()
 
     def set_up(self):
-        """The scheduler of the method, the guidance and the shape of a latent."""
+        """Set the method's scheduler, the guidance and the shape of a latent."""
         import diffusers
         pipe = self.pipe
         cfg = self.cfg
@@ -638,14 +641,14 @@ class StableDiffusion:
         self.shape = (unet.in_channels, size, size)
 
     def schedule(self, H):
-        """Raises BadInput if the policy's steps are not the scheduler's own, with which people sample."""
+        """Schedule for H steps. Raises BadInput unless the policy's steps equal the scheduler's own."""
         cfg = replace(self.cfg, steps=H)
         scheduler = self.pipe.scheduler
         method = METHODS[cfg.method]
         plain = METHODS[method.plain]
         s = plain.schedule(scheduler, cfg)
         name = type(scheduler).__name__
-        require(len(s.t) == H, f"the {name} makes {len(s.t)} steps of {H}: choose another --steps")
+        require(len(s.t) == H, f"the {name} gives {len(s.t)} timesteps for --steps {H}: choose another")
         generator = torch.Generator()
         x, noise = torch.randn(2, 1, *self.shape, generator=generator)
         for k, t in enumerate(s.t):
@@ -653,20 +656,20 @@ class StableDiffusion:
             mean, std = plain.policy(lambda *_: noise, x, k, None, s)
             ours = mean + std * torch.randn(x.shape, generator=generator.manual_seed(k))
             off = (ours - theirs).norm() / theirs.norm()
-            require(off < 1e-4, f"step {k + 1} of the {name} is not that of {cfg.method} ({off:.1%} apart)")
+            require(off < 1e-4, f"step {k + 1} of the {name} is {off:.1%} off that of {cfg.method}")
         return method.schedule(scheduler, cfg)
 
     @torch.no_grad()
     def encode(self, prompts):
-        """B strings -> (B, L, E); with classifier-free guidance (2B, L, E), first B empty prompts."""
+        """B strings -> (B, L, E); with classifier-free guidance (2B, L, E), the first B for empty prompts."""
         most = self.pipe.tokenizer.model_max_length
         if max(map(len, self.pipe.tokenizer(prompts).input_ids)) > most:
-            warnings.warn(f"there are prompts of more than {most} tokens: the rest is ignored")
+            warnings.warn(f"some prompts have more than {most} tokens: the rest is ignored")
         c, empty = self.pipe.encode_prompt(prompts, self.device, 1, self.guided)
         return torch.cat([empty, c]) if self.guided else c
 
     def eps(self, x, t, c):
-        if self.guided:  # both halves in one pass
+        if self.guided:  # with and without the prompt, in one pass
             x = torch.cat([x, x])
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             noise = self.predict(x.to(self.dtype), t, c).float()
@@ -676,7 +679,7 @@ class StableDiffusion:
         return noise
 
     def predict(self, x, t, c):
-        """The network's output. A consistency model takes the guidance scale, less one (LCM, section 4.2)."""
+        """The network's output. An LCM takes the guidance scale minus one as an input (LCM, section 4.2)."""
         w = None
         if dim := self.network.config.time_cond_proj_dim:
             scale = torch.full((len(x),), self.cfg.guidance_scale - 1.0)
@@ -684,7 +687,7 @@ class StableDiffusion:
         return self.network(x, t, encoder_hidden_states=c, timestep_cond=w).sample
 
     def decode(self, x):
-        """With gradients, if x has any."""
+        """Differentiable, if x requires gradients."""
         vae = self.pipe.vae
         x = (x / vae.config.scaling_factor).to(vae.dtype)
         return (vae.decode(x).sample.float() / 2 + 0.5).clamp(0, 1)
@@ -698,7 +701,7 @@ class StableDiffusion:
             self.network.enable_adapters()
 
     def save(self, folder):
-        """Write the LoRA for diffusers. alpha / rank is multiplied into it: loaders take alpha = rank."""
+        """Write the LoRA for diffusers, multiplied by alpha / rank because loaders take alpha = rank."""
         scale = self.cfg.lora_alpha / self.cfg.lora_rank
         weights = {}
         for name, p in self.trainable.items():
@@ -727,7 +730,7 @@ def generate(model, cfg, prompts):
 
 # =================================================== FILES ==================================================
 def write(path, data):
-    """Bytes to a file at once: a kill leaves the old file or the new one."""
+    """Write bytes to a file atomically: a kill leaves the old file or the new one."""
     part = Path(f"{path}.part")
     part.write_bytes(data)
     part.replace(path)
@@ -777,17 +780,17 @@ def save_metrics(rows, out):
 
 
 def load_checkpoint(out, model):
-    """Put the weights of a run's checkpoint into the model. Returns it, a dict. Raises BadInput."""
+    """Load a run's checkpoint into the model. Returns the checkpoint, a dict. Raises BadInput."""
     with explained(f"{out} has no checkpoint of this model and LoRA; start a new run"):
         state = torch.load(Path(out) / "checkpoint.pt", map_location="cpu", weights_only=True)
         for name, p in model.trainable.items():
-            p.data.copy_(state["trainable"][name].view_as(p))  # fails if the shape is another
+            p.data.copy_(state["trainable"][name].view_as(p))  # fails if the shapes differ
     return state
 
 
 def read_config(out):
     """config.json of a run's folder as a Config, checked. Raises BadInput."""
-    with explained(f"{out} is not a run's folder of this version"):
+    with explained(f"{out} is not a run's folder, or is one of another version"):
         cfg = Config(**json.loads((Path(out) / "config.json").read_text()))
         check(cfg)
     return cfg
@@ -801,7 +804,7 @@ def parse(argv):
     parser.add_argument("--resume", metavar="RUN", help="resume this run's folder; only --epochs may change")
     parser.set_defaults(model=None)
     first = parser.parse_known_args(argv)[0]
-    with explained(f"the settings of {first.model} do not fit"):
+    with explained(f"{first.model} has settings that Config does not know"):
         cfg = Config(**preset(first.method, first.model))
     if first.resume:
         cfg = replace(read_config(first.resume), out=first.resume)
@@ -814,7 +817,7 @@ def parse(argv):
 
 
 def quiet():
-    """Libraries print errors only, and show a progress bar for a download but none for loading."""
+    """Make libraries print only errors, with progress bars for downloads but not for loading."""
     import diffusers
 
     for library in (diffusers, transformers):

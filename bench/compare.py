@@ -51,6 +51,7 @@ TARGETS = {"compress": -2.25}  # a reward that most runs reach
 ACCURACY = 0.85
 MEANS = "reward", "accuracy", "retrieval"
 COSTS = "seconds", "images", "passes"
+RECOGNISED = "reward", "retrieval", "passes"
 
 
 # ---- One run, judged along the way
@@ -176,7 +177,7 @@ def iqm(tasks):
 def cell(values, digits=3):
     """Mean and, in brackets, each seed; - for what was not reached."""
     mean, *each = [f"{value:.{digits}f}".replace("nan", "-") for value in (np.mean(values), *values)]
-    return f"{mean} ({' '.join(each)})"
+    return f"{mean} ({' '.join(each)})" if len(each) > 1 else mean
 
 
 def show(title, cells):
@@ -190,7 +191,7 @@ def table(groups, target=None):
     moments = [
         ("base model", MEANS, lambda rows: rows[0]),
         ("at the end", MEANS + COSTS, lambda rows: rows[-1]),
-        (f"at accuracy {ACCURACY}", MEANS + COSTS, lambda rows: crossing(rows, "accuracy", ACCURACY)),
+        (f"at accuracy {ACCURACY}", RECOGNISED, lambda rows: crossing(rows, "accuracy", ACCURACY)),
     ]
     if target is not None:
         moments.append((f"to a reward of {target}", COSTS, lambda rows: crossing(rows, "reward", target)))
@@ -224,7 +225,8 @@ def compare(args):
         curves(sum(groups.values(), []), path)
         print(f"wrote {path}")
     for method, tasks in zip(args.methods, zip(*gains)):
-        print(f"{method}: IQM of gain over all rewards {iqm(tasks)}")
+        if len(tasks) > 1:
+            print(f"{method}: IQM of gain over all rewards {iqm(tasks)}")
 
 
 def main(argv=None):

@@ -3,15 +3,16 @@
     python examples/differentiable.py               # reward clip, half a minute: a LoRA
     python examples/differentiable.py --hybrid --out runs/hybrid      # adds RLCM's policy gradient
 
-A consistency model's last evaluation adds no noise, x_H = f(x_{H-1}). So it is not an action, and RLCM's
-gradient leaves it out. A reward that has a gradient can supply it, where x_{k+1} ~ p_theta(x_{k+1} | x_k) before:
+A consistency model's last evaluation adds no noise, x_H = f(x_{H-1}), so it is not an action and is left out
+of RLCM's gradient. Where the reward has a gradient, the last evaluation can be trained, too. In the steps
+before it x_{k+1} ~ p_theta(x_{k+1} | x_k), hence
 
     J(theta) = E[ r(decode(f_theta(x_{H-1}))) ]
     grad J   = E[ grad r(decode(f_theta(x_{H-1}))) + sum_{k<H-1} A grad log p_theta(x_{k+1} | x_k) ]
 
 The first term holds x_{H-1} fixed: it is one backward pass through reward, decoder and network, without the
-noise of a policy gradient. Alone it is DRaFT-1. The second is RLCM's, and with --hybrid their sum is the whole
-gradient of J (RTDMD, arXiv 2605.26108, also uses both).
+noise of a policy gradient. Alone it is DRaFT-1. The second term is RLCM's. With --hybrid both are used, and
+their sum is the whole gradient of J (RTDMD, arXiv 2605.26108, uses both, too).
 
 Rewards with a gradient: clip, pickscore, aesthetic, and your own if it is made of torch functions.
 """
@@ -62,10 +63,11 @@ def train(cfg, hybrid=False):
             (-own_r.sum() / cfg.batch_size).backward()
             r[micro.i] = own_r.detach()
 
-        # 2. Second term: policy gradient, with A in units of r again and the log-prob summed over the latent.
+        # 2. Second term: the policy gradient.
         if hybrid:
             A = rlcm.advantages(r, batch, history, cfg.buffer_size, cfg.min_count, cfg.adv_clip)
-            A = (A * r.std() * z[0, 0].numel()).to(model.device)
+            A = A * r.std()  # in units of r again
+            A = A.to(model.device) * z[0, 0].numel()  # so the log-prob counts as a sum over the latent
             for k in s.actions:
                 for micro in micro_batches:
                     mean, std = rlcm_policy(model.eps, micro.x[k], k, micro.c, s)
@@ -78,8 +80,8 @@ def train(cfg, hybrid=False):
 
     model.save(out)
     after = rlcm.generate(model, cfg, prompts)
-    sheet = rlcm.sample_grid(torch.cat([before[:8], after[:8]]), prompts[:8] * 2, len(prompts[:8]))
-    sheet.save(out / "samples.png")  # below: tuned
+    images = torch.cat([before[:8], after[:8]])  # the lower half: after
+    rlcm.sample_grid(images, prompts[:8] * 2, len(images) // 2).save(out / "samples.png")
     rewards = [reward(images, prompts).mean().item() for images in (before, after)]
     print(f"reward {rewards[0]:.3f} -> {rewards[1]:.3f}; images and LoRA: {out}")
     return rewards

@@ -36,7 +36,8 @@ class SanaSprint(StableDiffusion):
     guided = False  # the guidance scale is an input of the network
 
     def set_up(self):
-        pipe, cfg = self.pipe, self.cfg
+        pipe = self.pipe
+        cfg = self.cfg
         require(cfg.method == "rlcm", f"SANA-Sprint is a consistency model: --method rlcm, not {cfg.method}")
         found = type(pipe.scheduler).__name__
         require(found == "SCMScheduler", f"{cfg.model} has a {found}, not an SCMScheduler")

@@ -27,7 +27,7 @@ from rlcm import StableDiffusion
 
 BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 
-# RLCM's own settings for the aesthetic reward, four GPUs as one; not tuned for SDXL. By arithmetic they take
+# RLCM's own settings for the aesthetic reward, with fewer epochs; not tuned for SDXL. By arithmetic they take
 # 16 GB: U-Net 5.2, text encoders 1.6, VAE and LoRA 0.5, the reward's CLIP 0.9, activations of an image 7.8.
 # With --gradient-checkpointing 12: activations are then 0.7, and the most is decoding, 3.2 an image.
 SETTINGS = dict(

@@ -24,7 +24,7 @@ SETTINGS = dict(method="score", steps=6, epochs=8, lr=5e-3, guidance_scale=3.0, 
 
 
 def predicted_x0(x, mean, s, k):
-    """The clean latent that the network predicted at x when it led to this mean, with score or ddpo."""
+    """The network's predicted clean latent at x, from the mean that score_policy (or ddpo_policy) gave."""
     rho = s.alpha_bar[k] / s.alpha_bar_next[k]
     score = (mean * rho.sqrt() - x) / (1 - rho)  # score_policy solved for a
     return (x + (1 - s.alpha_bar[k]) * score) / s.alpha_bar[k].sqrt()  # Tweedie's formula
@@ -34,9 +34,8 @@ def value(A, g, r, prompts, history, min_count):
     """V (H, B) for A (B,), r (B,) and g (H, B). It puts g into the units that `advantages` has used for r."""
     V = torch.zeros_like(g)
     for n, prompt in enumerate(prompts):
-        seen = torch.tensor(history[prompt])
-        if len(seen) < min_count:
-            seen = r
+        enough = len(history[prompt]) >= min_count
+        seen = torch.tensor(history[prompt]) if enough else r
         std = seen.std(correction=0)
         if std > 1e-6 * seen.abs().max():
             V[:, n] = (g[:, n] - seen.mean()) / std
@@ -84,8 +83,7 @@ def train(cfg):
         for k in s.actions:
             for micro in micro_batches:
                 mean, std = policy(model.eps, micro.x[k], k, micro.c, s)
-                log_p = rlcm.log_prob(micro.x[k + 1], mean, std)
-                loss = -A_k[k, micro.i].to(model.device) * log_p
+                loss = -A_k[k, micro.i].to(model.device) * rlcm.log_prob(micro.x[k + 1], mean, std)
                 (loss.sum() / (len(s.actions) * cfg.batch_size)).backward()
         torch.nn.utils.clip_grad_norm_(model.trainable.values(), cfg.max_grad_norm)
         optimizer.step()
@@ -94,8 +92,8 @@ def train(cfg):
 
     model.save(out)
     after = rlcm.generate(model, cfg, prompts)
-    sheet = rlcm.sample_grid(torch.cat([before[:8], after[:8]]), prompts[:8] * 2, len(prompts[:8]))
-    sheet.save(out / "samples.png")  # below: tuned
+    images = torch.cat([before[:8], after[:8]])  # the lower half: after
+    rlcm.sample_grid(images, prompts[:8] * 2, len(images) // 2).save(out / "samples.png")
     rewards = [reward(images, prompts).mean().item() for images in (before, after)]
     print(f"reward {rewards[0]:.3f} -> {rewards[1]:.3f}; images and LoRA: {out}")
     return rewards
