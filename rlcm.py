@@ -16,11 +16,12 @@ only the mean and the std differ, so one loop trains all three.
 
 THE OBJECTIVE
 Sampling is a Markov decision process: the state is (x_k, t_k, c), the action is the next latent x_{k+1}, and
-the reward is given at the final step. A step that adds no noise has no density, so it is not an action.
+the reward is given at the final step. A step that adds no noise has no density: it is not an action, and the
+sums over k leave it out.
 
-    x_{k+1} ~ N( mean_theta(x_k, t_k, c), std_k^2 I ),  k = 0 .. H-1       rlcm_policy and two others
+    x_{k+1} ~ N( mean_theta(x_k, t_k, c), std_k^2 I ),  k = 0 .. H-1       the three policies
     J(theta) = E[ r(decode(x_H), c) ]                                      rollout
-    grad J   = E[ sum_k A grad log p_theta(x_{k+1} | x_k, c) ], std_k > 0  log_prob, policy_loss
+    grad J   = E[ sum_k A grad log p_theta(x_{k+1} | x_k, c) ]             log_prob, policy_loss
     A        = (r - mean r) / std r, per prompt                            advantages
 
 That is RLCM and DDPO. Scores as Actions adds a KL penalty towards the pretrained model (--kl lambda), with r
@@ -31,20 +32,21 @@ measured in standard deviations of its prompt's rewards, as A is:
     grad J   = E[ sum_k A_k grad log p_theta - lambda sum_k grad KL_k ]    train
     A_k      = A - lambda (G_k - mean G_k),  G_k = sum_{j>k} KL_j          G_k is the KL-to-go
 
-KL_k is not in A_k: it depends on the state x_k, not on the action drawn there, so its gradient is taken
-directly. The action is only charged for the KL of the later steps, whose states it changes.
+mean G_k is that of the batch. KL_k is not in A_k: it depends on the state x_k, not on the action drawn there,
+so its gradient is taken directly. The action is only charged for the KL of the later steps, whose states it
+changes.
 
 GLOSSARY      shape           meaning; symbol in the papers
     B, H, D                   images in a batch; steps (network evaluations); elements of a latent
-    x         (B, C, h, w)    latent before a step; x_0 ~ N(0, I) is noise, x_H is decoded
+    x         (B, C, h, w)    latent before step k; x_0 ~ N(0, I) is noise, x_H is decoded
     k                         index of the step, an int
     c                         encoded prompts: whatever model.encode returns
     s                         schedule: s.t (H,) timestep of each step (tau_n in RLCM); s.alpha_bar and
                               s.alpha_bar_next (H,) alpha-bar before and after the step, the signal's share
                               of the variance; s.std (H,) std of the added noise; s.actions: list of the
-                              steps that add noise
+                              steps that add noise; rlcm also has s.c_skip, s.c_out (H,)
     eps       a function      eps(x, t, c) -> (B, C, h, w): the noise that the network predicts in x
-    pred_x0   (B, C, h, w)    predicted clean latent, x_0 with a hat in the papers
+    pred_x0   (B, C, h, w)    predicted clean latent; the papers number backwards: x_0 hat
     ref                       reference: the pretrained model, which is the network without its LoRA
     log_p     (B,)            log-prob of an action; ratio = exp(log_p - log_p_old)
     A         (B,)            advantage
@@ -164,18 +166,20 @@ def eta_one(alpha_bar, alpha_bar_next):
     return ((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)).sqrt()
 
 
-def make_schedule(t, alpha_bar, alpha_bar_next, std, **step):
-    """The glossary's s from four tensors (H,). `step` holds keyword arguments of the scheduler's step()."""
-    s = SimpleNamespace(t=t, alpha_bar=alpha_bar, alpha_bar_next=alpha_bar_next, std=std, step=step)
+def make_schedule(t, alpha_bar, alpha_bar_next, std, **step_options):
+    """The glossary's s from four tensors (H,), with keyword arguments for the scheduler's own step()."""
+    s = SimpleNamespace(t=t, alpha_bar=alpha_bar, alpha_bar_next=alpha_bar_next, std=std)
+    s.step_options = step_options
     s.actions = std.nonzero().flatten().tolist()
     return s
 
 
-# A new sampler is one entry here. `scheduler` is the diffusers class that people sample with. A model that
-# comes with another one gets this one, with `options`; without options it is refused. When a run starts, the
-# steps of the method `plain` are compared with the scheduler's. `tiny` is the embedded model to train.
-LCM = dict(scheduler="LCMScheduler", options={}, plain="rlcm", tiny="tiny/lcm")
-DDIM = dict(scheduler="DDIMScheduler", options={"clip_sample": False}, plain="ddpo", tiny="tiny/sd")
+# A new sampler is one entry here, with a preset in TINY or FULL if it needs one. `scheduler` is the diffusers
+# class that people sample with: a model with another one is converted to it with `options`, or refused if
+# that is None. When a run starts, the steps of the method `checked_as` are compared with that scheduler's own:
+# score has a time grid of its own, so ddpo's steps stand for it. `tiny` is the embedded model to train.
+LCM = dict(scheduler="LCMScheduler", options=None, checked_as="rlcm", tiny="tiny/lcm")
+DDIM = dict(scheduler="DDIMScheduler", options={"clip_sample": False}, checked_as="ddpo", tiny="tiny/sd")
 METHODS = {
     "rlcm": SimpleNamespace(schedule=rlcm_schedule, policy=rlcm_policy, **LCM),
     "ddpo": SimpleNamespace(schedule=ddpo_schedule, policy=ddpo_policy, **DDIM),
@@ -278,7 +282,7 @@ class Config:
     """Settings of a run; the flags are generated from them. The defaults train rlcm on the embedded model."""
 
     reward: str = flag("compress", rewards.HELP)
-    method: Literal["rlcm", "ddpo", "score"] = flag("rlcm", "consistency model, diffusion model, reverse SDE")
+    method: Literal[tuple(METHODS)] = flag("rlcm", "consistency model, diffusion model, reverse SDE")
     algo: Literal["ppo", "reinforce"] = flag("ppo", "PPO's clipped ratio, or plain REINFORCE")
     model: str = flag("tiny", "tiny, a diffusers pipeline (folder or hub id), or path/to/file.py:function")
     prompts: str = flag("animals", f"{', '.join(PROMPTS)}, a text file of prompts, or a quoted prompt")
@@ -341,7 +345,7 @@ def preset(method="rlcm", model=None):
     if ".py:" in model:
         settings = getattr(load_function(model), "settings", {})
     else:
-        settings = TINY[method] if model == "tiny" else FULL[method]
+        settings = (TINY if model == "tiny" else FULL).get(method, {})
     precision = {} if gpu else {"precision": "fp32"}
     return settings | precision | {"method": method, "model": model}
 
@@ -354,12 +358,16 @@ def check(cfg):
             flag = f"--{name.replace('_', '-')} {value}"
             require(zero or 0 < value < 2**40, f"{flag}: must be a positive number below 2**40")
     require(cfg.min_count <= cfg.buffer_size, "--min-count must be at most --buffer-size")
-    require(cfg.algo == "ppo" or cfg.updates == 1, "--algo reinforce has no ratio: --updates must be 1")
+    require(cfg.algo != "reinforce" or cfg.updates == 1, "--algo reinforce has no ratio: --updates must be 1")
     installed = not cfg.log_with or cfg.log_with in packages_distributions()
     require(installed, f"--log-with {cfg.log_with}: first pip install {cfg.log_with}")
 
 
 # =================================================== TRAIN ==================================================
+# A progress bar, in the first process only. It appears if the work takes more than three seconds.
+progress = partial(tqdm, leave=False, delay=3, dynamic_ncols=True, disable=os.getenv("RANK", "0") != "0")
+
+
 def train(cfg, resume=False, on_epoch=None):
     """Fine-tune with `cfg`; with resume, continue the run in cfg.out. Returns the run's folder.
 
@@ -397,7 +405,7 @@ def train(cfg, resume=False, on_epoch=None):
     require(s.actions, f"--method {cfg.method} --steps {H} adds no noise: nothing to reinforce")
     policy = METHODS[cfg.method].policy
     parameters = list(model.trainable.values())
-    broadcast([p.data for p in parameters])
+    broadcast([p.data for p in parameters])  # in place
     optimizer = torch.optim.Adam(parameters, cfg.lr)
     rows = []
     history = {}
@@ -408,7 +416,7 @@ def train(cfg, resume=False, on_epoch=None):
         rows = state["rows"]
         history = state["history"]
         seconds = rows[-1]["seconds"]
-        same = state["config"] | {"epochs": cfg.epochs, "out": cfg.out}
+        same = asdict(Config(**state["config"])) | {"epochs": cfg.epochs, "out": cfg.out}
         changed = same.items() ^ settings.items()
         require(not changed, f"with --resume only --epochs may change: {sorted(changed)}")
         require(len(rows) < cfg.epochs, f"{out} already has {len(rows)} epochs: give more --epochs")
@@ -416,8 +424,7 @@ def train(cfg, resume=False, on_epoch=None):
     # The first sample grid, of the pretrained model, creates the run's folder. A broken reward fails here.
     if accelerator.is_main_process:
         if not resume:
-            advice = f"if the folder exists, give another --out, or --resume {out}"
-            with explained(f"{cfg.model} cannot draw the first images into {out}; {advice}"):
+            with explained(f"{cfg.model} cannot draw the first images"):
                 save_samples(model, cfg, reward, prompts, out, 0)
             write(out / "prompts.txt", "\n".join(prompts).encode())
         write(out / "config.json", json.dumps(settings, indent=1).encode())
@@ -425,9 +432,9 @@ def train(cfg, resume=False, on_epoch=None):
     if on_epoch and not resume:
         on_epoch(0, model, {})
 
-    # This process's part of each batch: `updates` minibatches of one optimizer step each.
-    mine = torch.arange(B).chunk(accelerator.num_processes)[accelerator.process_index]
-    actions_per_update = len(s.actions) * len(mine) // cfg.updates
+    # Each batch is cut into `updates` minibatches of one optimizer step each, and these among the processes.
+    mine = torch.arange(B).view(cfg.updates, accelerator.num_processes, -1)[:, accelerator.process_index]
+    actions_per_update = len(s.actions) * mine.shape[1]
     bar = progress(range(len(rows) + 1, cfg.epochs + 1), unit="epoch", leave=True, delay=0)
     for epoch in bar:
         # Prompts and noise depend on seed and epoch alone, so a resumed run draws the same again.
@@ -440,26 +447,27 @@ def train(cfg, resume=False, on_epoch=None):
         # 1. Rollout: the sampler is the policy, and the reward is given to the finished images. The images of
         # a micro-batch go through the network together, here and in the update, so it is kept until then.
         minibatches = []
-        terms = []
+        terms = torch.zeros(B, len(reward.names), device=model.device)  # of the reward, which is their sum
         kl = torch.zeros(B, H, device=model.device)  # stays 0 without a penalty
-        for part in mine.chunk(cfg.updates):
+        for part in mine:
             minibatches.append([])
             for i in progress(part.split(cfg.micro_batch), f"epoch {epoch}, sampling"):
-                own = [batch[n] for n in i]
-                c = model.encode(own)
+                prompts_i = [batch[n] for n in i]
+                c = model.encode(prompts_i)
                 x, means, log_p = rollout(policy, model.eps, s, c, z[:, i].to(model.device))
                 require(x[-1].isfinite().all(), f"epoch {epoch}: the latents are not finite, lower --lr")
                 with torch.no_grad():
                     images = model.decode(x[-1])
-                terms.append(reward.terms(images, own))
+                terms[i] = reward.terms(images, prompts_i)
                 mean_ref = None
                 if lam > 0:
                     with model.reference():
                         mean_ref, kl[i] = path_kl(policy, model.eps, s, c, x, means)
                 minibatches[-1].append((i, c, x, log_p, mean_ref))
 
-        # 2. Advantage: was the image better than usual for its prompt? Minus lambda times the KL-to-go.
-        terms = accelerator.gather(torch.cat(terms))  # (B, terms), from all processes
+        # 2. Advantage: how much better is an image than usual for its prompt, less lambda times the KL-to-go?
+        # Every process computes it for the whole batch, from the same history of rewards.
+        terms = accelerator.reduce(terms, "sum")
         kl = accelerator.reduce(kl, "sum").T  # (H, B)
         r = terms.sum(1)
         A = advantages(r, batch, history, cfg.buffer_size, cfg.min_count, cfg.adv_clip)
@@ -491,9 +499,9 @@ def train(cfg, resume=False, on_epoch=None):
         drift = log_ratio.expm1().abs()  # |ratio - 1|
         numbers = {
             "loss": loss.mean(),
-            "approx_kl": (log_ratio**2).mean() / 2,  # of the updated policy from the rollout's, in nats / D^2
+            "approx_kl": (log_ratio**2).mean() / 2,  # KL(rollout's policy, updated one) / D^2
             "clip_fraction": (drift > cfg.clip_range).float().mean(),
-            "ratio_drift": drift[:actions_per_update].max(),  # before the first optimizer step
+            "ratio_drift": drift[:actions_per_update].max(),  # before the first step; mean of the processes
             "grad_norm": torch.stack(norms).mean(),  # before clipping
         }
         numbers = accelerator.reduce(numbers, "mean")
@@ -540,10 +548,6 @@ def train(cfg, resume=False, on_epoch=None):
     return out
 
 
-# A progress bar, in the first process only. It appears if the work takes more than three seconds.
-progress = partial(tqdm, leave=False, delay=3, dynamic_ncols=True, disable=os.getenv("RANK", "0") != "0")
-
-
 # =================================================== MODEL ==================================================
 def load_model(cfg, device):
     """The model that cfg.model names, on a device. Raises BadInput."""
@@ -565,18 +569,21 @@ class StableDiffusion:
     """A LoRA on Stable Diffusion 1 or 2, or on one of their consistency models.
 
     `train` uses nothing but these members, so it trains any class that has them: --model file.py:function,
-    where function(cfg, device) returns one. A subclass names the `component` of its pipeline that is
-    trained and overrides `encode` and `predict`, and for another kind of scheduler `set_up` and `schedule`.
+    where function(cfg, device) returns one. function.settings, a dict, is laid between Config's defaults and
+    the flags. The file may import from rlcm: it gets the running module. docs/models.md has more.
 
         shape               (C, h, w) of a latent
         device              where latents, c and images are
         trainable           dict: name -> parameter, float32
-        schedule(H)         returns s as in the glossary, for the policy of cfg.method
+        schedule(H)         the glossary's s, with all that the policy of cfg.method reads; tensors on the CPU
         encode(prompts)     B strings -> c, anything that eps understands
         eps(x, t, c)        x (B, C, h, w), t a scalar -> noise, shaped like x, float32, differentiable
         decode(x)           clean latents (B, C, h, w) -> images (B, 3, H, W), float32 in [0, 1]
-        reference()         a context in which eps is the pretrained network's
+        reference()         a context in which eps is the pretrained network's; used with --kl
         save(folder)        writes the trained weights into a run's folder
+
+    A subclass names the `component` of its pipeline that is trained and overrides `encode` and `predict`, and
+    for another kind of scheduler `set_up` and `schedule`.
     """
 
     component = "unet"
@@ -625,9 +632,9 @@ class StableDiffusion:
         require("beta_schedule" in config, f"{cfg.model} has a {found}, which has no betas: not supported")
         require(not config.get("rescale_betas_zero_snr"), f"{cfg.model} has zero terminal SNR: not supported")
         require(not pipe.vae.config.get("latents_mean"), f"VAE of {cfg.model} shifts latents: not supported")
-        fits = method.options or found == method.scheduler
+        fits = method.options is not None or found == method.scheduler
         require(fits, f"{cfg.model} has a {found}: {cfg.method} needs a model with {method.scheduler}")
-        pipe.scheduler = getattr(diffusers, method.scheduler).from_config(config, **method.options)
+        pipe.scheduler = getattr(diffusers, method.scheduler).from_config(config, **(method.options or {}))
 
         most = pipe.text_encoder.config.max_position_embeddings
         pipe.tokenizer.model_max_length = min(most, pipe.tokenizer.model_max_length)
@@ -645,15 +652,16 @@ class StableDiffusion:
         cfg = replace(self.cfg, steps=H)
         scheduler = self.pipe.scheduler
         method = METHODS[cfg.method]
-        plain = METHODS[method.plain]
-        s = plain.schedule(scheduler, cfg)
+        checked = METHODS[method.checked_as]
+        s = checked.schedule(scheduler, cfg)
         name = type(scheduler).__name__
         require(len(s.t) == H, f"the {name} gives {len(s.t)} timesteps for --steps {H}: choose another")
         generator = torch.Generator()
         x, noise = torch.randn(2, 1, *self.shape, generator=generator)
         for k, t in enumerate(s.t):
-            theirs = scheduler.step(noise, t, x, generator=generator.manual_seed(k), **s.step).prev_sample
-            mean, std = plain.policy(lambda *_: noise, x, k, None, s)
+            generator.manual_seed(k)
+            theirs = scheduler.step(noise, t, x, generator=generator, **s.step_options).prev_sample
+            mean, std = checked.policy(lambda *_: noise, x, k, None, s)
             ours = mean + std * torch.randn(x.shape, generator=generator.manual_seed(k))
             off = (ours - theirs).norm() / theirs.norm()
             require(off < 1e-4, f"step {k + 1} of the {name} is {off:.1%} off that of {cfg.method}")
@@ -730,7 +738,10 @@ def generate(model, cfg, prompts):
 
 # =================================================== FILES ==================================================
 def write(path, data):
-    """Write bytes to a file atomically: a kill leaves the old file or the new one."""
+    """Write bytes to a file atomically: a kill leaves the old file or the new one.
+
+    Images are written directly: a resumed run draws them again.
+    """
     part = Path(f"{path}.part")
     part.write_bytes(data)
     part.replace(path)
@@ -743,7 +754,8 @@ def save_samples(model, cfg, reward, prompts, out, epoch):
     r = reward(images, prompts, cfg.micro_batch)
     captions = [f"{value:.2f} {prompt}" for value, prompt in zip(r, prompts)]
     folder = out / "samples"
-    folder.mkdir(parents=True, exist_ok=epoch > 0)  # two runs never share a folder
+    with explained(f"{out} cannot be a new folder: give another --out, or --resume {out}"):
+        folder.mkdir(parents=True, exist_ok=epoch > 0)  # two runs never share a folder
     sheet = sample_grid(images, captions)
     sheet.save(folder / f"epoch-{epoch:04d}.png")
     return sheet
@@ -781,7 +793,7 @@ def save_metrics(rows, out):
 
 def load_checkpoint(out, model):
     """Load a run's checkpoint into the model. Returns the checkpoint, a dict. Raises BadInput."""
-    with explained(f"{out} has no checkpoint of this model and LoRA; start a new run"):
+    with explained(f"{out} has no checkpoint of this model and LoRA: start a new run in another folder"):
         state = torch.load(Path(out) / "checkpoint.pt", map_location="cpu", weights_only=True)
         for name, p in model.trainable.items():
             p.data.copy_(state["trainable"][name].view_as(p))  # fails if the shapes differ

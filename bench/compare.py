@@ -135,12 +135,11 @@ def train_all(args, parts):
             if not finished(cfg):
                 missing.append(cfg)
 
-    # Every run has a process of its own.
+    # Each of --jobs processes trains one run after another.
     if args.jobs > 1:
         os.environ["OMP_NUM_THREADS"] = "1"
-    fresh = multiprocessing.get_context("spawn")
     with rlcm.explained(f"--jobs {args.jobs}: a run failed"):
-        with ProcessPoolExecutor(args.jobs, fresh, max_tasks_per_child=1) as pool:
+        with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
             for line in pool.map(train_judged, missing):
                 print(line, flush=True)
     return groups
