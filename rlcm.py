@@ -176,7 +176,7 @@ def make_schedule(t, alpha_bar, alpha_bar_next, std, **step_options):
 
 # A new sampler is one entry here, with a preset in TINY or FULL if it needs one. `scheduler` is the diffusers
 # class that people sample with: a model with another one is converted to it with `options`, or refused if
-# that is None. When a run starts, the steps of the method `checked_as` are compared with that scheduler's own:
+# that is None. When a run starts, the steps of the method `checked_as` are compared with that scheduler:
 # score has a time grid of its own, so ddpo's steps stand for it. `tiny` is the embedded model to train.
 LCM = dict(scheduler="LCMScheduler", options=None, checked_as="rlcm", tiny="tiny/lcm")
 DDIM = dict(scheduler="DDIMScheduler", options={"clip_sample": False}, checked_as="ddpo", tiny="tiny/sd")

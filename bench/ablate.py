@@ -18,9 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from PIL import Image
 
-from bench.compare import MEANS, Parser, add_flags, cell, show, table, train_all
+from bench.compare import MEANS, add_flags, cell, show, table, train_all
 from bench.evaluate import evaluate
 from bench.plot import read_rows
+from bench.sample import Parser
 
 
 def show_rows(title, tables, columns):

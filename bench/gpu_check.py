@@ -3,10 +3,10 @@
     python bench/gpu_check.py
     python bench/gpu_check.py --toy     # the same at toy size, on a CPU in fp32: does this script work?
 
-Each row of the table is a job; one that fails does not stop the others. The jobs: the default run on the
+Each row of the table is a job; a failed one does not stop the others. The jobs: the default run on the
 embedded model in fp32 and bf16, a resumed run, and runs of LCM_Dreamshaper_v7's architecture with random
-weights (Stable Diffusion 1.5 with guidance embedding, 512 px, bf16) at several micro-batches. Writes
-runs/gpu-check.txt. Exit status: 1 if a job failed. Of a run it shows the seconds of an epoch and
+weights (SD 1.5 with guidance embedding, 512 px, bf16) at several micro-batches. Writes runs/gpu-check.txt.
+Exit status: 1 if a job failed. For a run it shows seconds per epoch and
 
 network   seconds for the same passes of encoder, network and decoder on fixed inputs and nothing else
 floor     seconds for the floating-point operations of these passes at the rate of a large matrix product
@@ -38,17 +38,16 @@ def full_size(cfg, device):
     from diffusers import AutoencoderKL, LatentConsistencyModelPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    scale = 1 if cfg.resolution >= 512 else 10
-    text = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12 // scale)
+    thin = 1 if cfg.resolution >= 512 else 10
+    text = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12 // thin)
     blocks = dict(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
-    blocks["block_out_channels"] = [max(32, 128 // scale) * n for n in (1, 2, 4, 4)]
+    blocks["block_out_channels"] = [max(32, 128 // thin) * n for n in (1, 2, 4, 4)]
     unet = dict(cross_attention_dim=768, time_cond_proj_dim=256)
-    unet["block_out_channels"] = [320 // scale * n for n in (1, 2, 4, 4)]
+    unet["block_out_channels"] = [320 // thin * n for n in (1, 2, 4, 4)]
     with device:
         parts = dict(text_encoder=CLIPTextModel(CLIPTextConfig(**text)), unet=UNet2DConditionModel(**unet))
         parts["vae"] = AutoencoderKL(layers_per_block=2, **blocks)
-    tiny = Path(rlcm.__file__).parent / "tiny" / "lcm"  # has the same scheduler
-    pipe = LatentConsistencyModelPipeline.from_pretrained(tiny, **parts)
+    pipe = LatentConsistencyModelPipeline.from_pretrained(Path(rlcm.__file__).parent / "tiny/lcm", **parts)
     pipe.tokenizer.model_max_length = 77
     return rlcm.StableDiffusion(pipe.to(device, DTYPE[cfg.precision]), cfg)
 
@@ -134,7 +133,8 @@ def check(args):
     jobs["  torch.compile"] = run, replace(full, model=f"{__file__}:compiled")
 
     Path("runs").mkdir(exist_ok=True)
-    table = f"{torch.cuda.get_device_name() if GPU else 'CPU'}, torch {torch.__version__}\n"
+    machine = torch.cuda.get_device_name() if GPU else "CPU"
+    table = f"{machine}, torch {torch.__version__}{', toy size' * args.toy}\n"
     for name, (job, cfg) in jobs.items():
         try:
             with tempfile.TemporaryDirectory() as folder:
