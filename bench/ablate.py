@@ -5,11 +5,12 @@
     python bench/ablate.py longer --seeds 0                        # 54 epochs, with and without --kl
 
 Prints a table. Missing runs are trained, and judged during training as in bench/compare.py, which explains
-the columns; other flags go to rlcm.py. The runs are written to --out; steps has the same as bench/compare.py.
+the columns; other flags go to rlcm.py. The runs are written to --out.
+steps has the same runs as bench/compare.py, so with --out runs/compare it reuses them.
 
 steps      bench/evaluate.py of each run
-longer     a row every 9 epochs: does the reward still rise, and what can still be recognised? Shows the
-           images of the first seed along the way, one column of them for each penalty: longer.webp
+longer     a row every 9 epochs: does the reward still rise, and are images still recognised? longer.webp has
+           the first seed's images from epoch to epoch, a block of columns for each penalty
 """
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ from bench.sample import Parser
 
 
 def show_rows(title, tables, columns):
-    """Print the rows of a table that each seed has: mean and each seed."""
+    """tables: one per seed, with the same rows. Print each row with the mean and each seed."""
     for same in zip(*tables):
         cells = [cell([row[name] for row in same]) for name in columns]
         show(title.format(**same[0]), cells)

@@ -6,24 +6,24 @@
 
 Runs are written to runs/compare/REWARD-METHOD-SEED. A stopped run is resumed, and so is a finished one when
 --epochs asks for more; a run with other settings is refused. Every --save-every epochs a run draws 200 fixed
-captions from fixed noise, as a plain pipeline does, and adds a row to its judged.csv. Its seconds leave
-this out.
+captions from fixed noise, as a plain pipeline does, and adds a row to its judged.csv. This is not
+counted in its seconds.
 
 reward      mean over the 200 images
 accuracy    share of them whose nearest training image (pixel L2) has the same caption: how recognisable they
-            still are, since spoiling images can raise a reward
-retrieval   share for which tiny/clip finds their caption the nearest of all
+            still are, since degrading images can raise a reward
+retrieval   share of them whose own caption tiny/clip ranks first among all
 gain        reward of the last three epochs minus that of the first three, in standard deviations of the first
             epoch's rewards, from metrics.csv
 IQM         interquartile mean and its 95 % interval by bootstrap, stratified by reward (rliable, arXiv
-            2108.13264): a quarter of the runs is dropped at each end, rounded down; of three it is their mean
+            2108.13264): a quarter of the runs, rounded down, is dropped at each end, so none of three
 seconds     of training so far; with --jobs 2 on one core
 images      rewarded so far
 passes      of the network so far: a forward pass of 32 rows is one; an image with classifier-free guidance
             has two rows; a backward pass counts as two
 
-The table shows a run's beginning and end, the moment when its accuracy has fallen to 0.85, which compares
-rewards at equal recognition, and the moment when its reward reaches --target. Between rows of judged.csv it
+The table shows a run's beginning and end, the point where its accuracy has fallen to 0.85, which compares
+rewards at equal accuracy, and the point where its reward reaches --target. Between rows of judged.csv it
 interpolates. Cells hold the mean and, in brackets, each seed. The figure shows bench/plot.py's curves.
 """
 import contextlib

@@ -3,7 +3,7 @@
     python bench/evaluate.py runs/NAME
     python bench/evaluate.py runs/NAME --judges clip aesthetic             # rewards it was not trained on
     python bench/evaluate.py runs/NAME --prompts my_prompts.txt            # other held-out prompts
-    python bench/evaluate.py runs/NAME --steps 2 4 8 --guidance-scale 4    # than those of the run
+    python bench/evaluate.py runs/NAME --steps 2 4 8 --guidance-scale 4    # other than in training
 
 Prints a table and writes it to the run's folder, as evaluation.csv and evaluation.png:
 
@@ -33,7 +33,7 @@ from bench.sample import Parser, open_run
 from rewards import get_prompts, get_reward
 
 
-# ---- What the other scripts use, too
+# ---- Also used by other scripts
 def write_rows(rows, path):
     """A list of dicts with the same keys to a csv file."""
     text = io.StringIO()
@@ -86,7 +86,7 @@ def evaluate(run, held_out="other-animals", steps=(), judges=(), count=64, **cha
     return rows
 
 
-@matplotlib.rc_context({"text.parse_math": False})  # a $ in the name of a reward starts no formula
+@matplotlib.rc_context({"text.parse_math": False})  # a $ in the name of a reward is not a formula
 def save_figure(rows, columns, title, path):
     """A panel for each column of rewards, with a line for each of the weights and prompts."""
     figure = Figure(figsize=(6 * len(columns), 4), layout="constrained")

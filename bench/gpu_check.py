@@ -1,4 +1,4 @@
-"""For a machine with a GPU: does everything work there, how fast, and in how much memory? Needs no network.
+"""For a machine with a GPU: does everything work there, how fast, and in how much memory? Needs no internet.
 
     python bench/gpu_check.py
     python bench/gpu_check.py --toy     # the same at toy size, on a CPU in fp32: does this script work?
@@ -8,7 +8,7 @@ embedded model in fp32 and bf16, a resumed run, and runs of LCM_Dreamshaper_v7's
 weights (SD 1.5 with guidance embedding, 512 px, bf16) at several micro-batches. Writes runs/gpu-check.txt.
 Exit status: 1 if a job failed. For a run it shows seconds per epoch and
 
-network   seconds for the same passes of encoder, network and decoder on fixed inputs and nothing else
+network   seconds for the epoch's passes of encoder, network and decoder alone, on fixed inputs
 floor     seconds for the floating-point operations of these passes at the rate of a large matrix product
 drift     largest |ratio - 1| before the first optimizer step: 0 in fp32, at most the clip range in bf16
 """
@@ -81,7 +81,7 @@ def seconds(function, *given):
     return time.perf_counter() - began
 
 
-# ---- The jobs: what they do in a new folder. Each returns whether all is well, and what it found.
+# ---- The jobs. Each works in a new folder and returns whether it passed, and a line on what it found.
 def run(cfg, folder):
     """A run. After each epoch come the bare passes; before the first, their operations are counted."""
     counter = FlopCounterMode(display=False)

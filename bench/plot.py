@@ -24,7 +24,7 @@ COLUMNS = "images", "seconds", "reward_mean", "reward_std"
 NO_SETTING = "seed", "out", "save_every", "log_with"  # runs on one line may differ in these
 
 
-# ---- What the other scripts use, too
+# ---- Also used by other scripts
 def number(text):
     try:
         return float(text)
@@ -49,7 +49,7 @@ def read_metrics(run):
 
 
 # ---- The script
-@matplotlib.rc_context({"text.parse_math": False})  # a $ in a prompt starts no formula
+@matplotlib.rc_context({"text.parse_math": False})  # a $ in a prompt is not a formula
 def curves(runs, path):
     """Draw the curves of runs into one file. Raises BadInput."""
     # Runs with the same settings share a line.

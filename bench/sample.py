@@ -18,7 +18,7 @@ import rlcm
 from rewards import BadInput
 
 
-# ---- What the other scripts use, too
+# ---- Also used by other scripts
 class Parser(argparse.ArgumentParser):
     """Shows a script's docstring as its help, and says what is wrong in one line."""
 

@@ -1,6 +1,6 @@
 """Back-propagate a differentiable reward through the last evaluation, DRaFT-1 (arXiv 2309.17400).
 
-    python examples/differentiable.py               # reward clip, half a minute: a LoRA
+    python examples/differentiable.py               # half a minute with the reward clip; writes a LoRA
     python examples/differentiable.py --hybrid --out runs/hybrid      # adds RLCM's policy gradient
 
 A consistency model's last evaluation adds no noise, x_H = f(x_{H-1}), so it is not an action and is left out
@@ -96,7 +96,7 @@ if __name__ == "__main__":
     p.add_argument("--reward", default=SETTINGS["reward"], help="one with a gradient")
     p.add_argument("--prompts", default="animals", help="as --prompts of rlcm.py")
     p.add_argument("--out", default="runs/differentiable", help="a new folder")
-    p.add_argument("--model", default="tiny", help="for another than tiny edit SETTINGS, too")
+    p.add_argument("--model", default="tiny", help="for a model other than tiny, also edit SETTINGS")
     args = vars(p.parse_args())
     rlcm.quiet()
     hybrid = args.pop("hybrid")

@@ -1,10 +1,10 @@
 """The training loop at its shortest: points in the plane, a small network and the METHOD part of rlcm.py.
 
-    python examples/points.py            # some seconds on one core; prints the mean reward as it rises
+    python examples/points.py            # a few seconds on one core; prints the mean reward as it rises
 
 A consistency model draws the points of a circle in four steps. It is rewarded for points far to the right
 and pays for each nat of KL from the pretrained model. To train a network of your own, copy `learn` and bring
-a schedule, a reward, and eps(x, t, c), the noise that your network sees in x (B, C, h, w) at a scalar t.
+a schedule, a reward, and eps(x, t, c), the noise that your network predicts in x (B, C, h, w) at a scalar t.
 """
 import copy
 import sys
@@ -19,7 +19,7 @@ from rlcm import advantages, gaussian_kl, log_prob, path_kl, policy_loss, rlcm_p
 
 H = 4  # steps
 B = 256  # points per epoch
-D = 2  # numbers in a point, which is a latent with two channels and one pixel
+D = 2  # elements of a point, which is a latent with two channels and one pixel
 
 
 def learn(network, kl_weight=0.3, epochs=25):

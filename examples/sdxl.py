@@ -29,7 +29,7 @@ BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 
 # RLCM's own settings for the aesthetic reward, with fewer epochs; not tuned for SDXL. By arithmetic they take
 # 16 GB: U-Net 5.2, text encoders 1.6, VAE and LoRA 0.5, the reward's CLIP 0.9, activations of an image 7.8.
-# With --gradient-checkpointing 12: activations are then 0.7, and the most is decoding, 3.2 an image.
+# With --gradient-checkpointing 12: activations are then 0.7, and decoding takes the most, 3.2 an image.
 SETTINGS = dict(
     precision="bf16", resolution=1024, steps=4, epochs=200, batch_size=32, micro_batch=1, lr=1e-4,
     lora_rank=8, lora_alpha=8, buffer_size=32, min_count=16, save_every=10,

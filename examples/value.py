@@ -3,12 +3,12 @@
     python examples/value.py               # a minute on one core: images before and after, a LoRA
 
 At x_k, before the action is drawn, the network predicts a clean latent, and the reward g_k of its image says
-much about the final reward. This expected part is subtracted from the advantage:
+much about the final reward. What it predicts is subtracted from the advantage:
 
     A_k = (r - mean r) / std r - V(x_k),    V(x_k) = a_k + b_k (g_k - mean r) / std r
 
-with a_k and b_k by least squares. V depends on the state alone, so the gradient has less variance and the
-same mean, up to O(1/B) as V is fitted to the batch. It takes a decoding and a reward per step.
+with a_k and b_k fitted by least squares. V depends on the state alone, so the gradient has less variance and
+the same mean, up to O(1/B) as V is fitted to the batch. It costs a decoding and a reward per step.
 """
 import argparse
 import sys
@@ -105,6 +105,6 @@ if __name__ == "__main__":
     p.add_argument("--batch-size", type=int, default=64)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="runs/value", help="a new folder")
-    p.add_argument("--model", default="tiny", help="for another than tiny edit SETTINGS, too")
+    p.add_argument("--model", default="tiny", help="for a model other than tiny, also edit SETTINGS")
     rlcm.quiet()
     train(rlcm.Config(**SETTINGS | vars(p.parse_args())))

@@ -47,7 +47,7 @@ class ZImage(StableDiffusion):
         require(euler, f"{cfg.model} needs a FlowMatchEulerDiscreteScheduler")
         self.guided = False
 
-        # A token of the transformer is 2 x 2 numbers of a latent.
+        # A token of the transformer is a patch of 2 x 2 latent pixels.
         unit = 2 * pipe.vae_scale_factor
         require(cfg.resolution % unit == 0, f"--resolution {cfg.resolution}: must be a multiple of {unit}")
         size = cfg.resolution // pipe.vae_scale_factor
