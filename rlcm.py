@@ -453,11 +453,11 @@ def train(cfg, resume=False, on_epoch=None):
             minibatches.append([])
             for i in progress(part.split(cfg.micro_batch), f"epoch {epoch}, sampling"):
                 prompts_i = [batch[n] for n in i]
-                c = model.encode(prompts_i)
-                x, means, log_p = rollout(policy, model.eps, s, c, z[:, i].to(model.device))
-                require(x[-1].isfinite().all(), f"epoch {epoch}: the latents are not finite, lower --lr")
                 with torch.no_grad():
+                    c = model.encode(prompts_i)
+                    x, means, log_p = rollout(policy, model.eps, s, c, z[:, i].to(model.device))
                     images = model.decode(x[-1])
+                require(x[-1].isfinite().all(), f"epoch {epoch}: the latents are not finite, lower --lr")
                 terms[i] = reward.terms(images, prompts_i)
                 mean_ref = None
                 if lam > 0:
