@@ -607,7 +607,8 @@ def export(vae, text, tokenizer, unet, folder, lcm):
     config = folder / "text_encoder" / "config.json"  # transformers loads in its dtype: fp32, like the rest
     config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     for config in folder.glob("*/config.json"):  # no path of the machine that they were made on
-        kept = {name: value for name, value in json.loads(config.read_text()).items() if name != "_name_or_path"}
+        kept = json.loads(config.read_text())
+        kept.pop("_name_or_path", None)
         config.write_text(json.dumps(kept, indent=2) + "\n")
 
 
