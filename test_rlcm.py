@@ -497,9 +497,10 @@ def check_grid(run, epoch, pipe, prompts=("a red cat",), **options):
 def test_two_files_alone(mini, tmp_path, monkeypatch):
     """In an empty folder and a new interpreter: importing changes nothing; they train, resume and refuse.
 
-    A model file that imports rlcm gets the running program.
+    A model file that imports rlcm gets the running program. A terminal may fail to print a prompt.
     """
     monkeypatch.chdir(tmp_path)
+    Path("own.txt").write_text("\u732b\nan ant", encoding="utf-8")
     for name in ("rlcm.py", "rewards.py"):
         shutil.copy(HERE / name, tmp_path)
     Path("mine.py").write_text(f"""
@@ -509,7 +510,7 @@ def load(cfg, device):
     print("load_model of", load_model.__module__)
     return load_model(dataclasses.replace(cfg, model={mini!r}), device)
 """)
-    train = words(**SMALL | {"prompts": "animals", "epochs": 1}, model="mine.py:load", out="run")
+    train = words(**SMALL | {"prompts": "own.txt", "epochs": 1}, model="mine.py:load", out="run")
     code = f"""
 import os, random, runpy, signal, sys, threading, numpy, torch
 def state():
@@ -529,8 +530,10 @@ for command in {train}, "--resume run --epochs 2".split(), "--reward nope".split
         print("status", e.code)
 """
     env = {name: os.environ.get(name, "") for name in ("PATH", "HOME", "OMP_NUM_THREADS")}
+    env["PYTHONIOENCODING"] = "cp1252"
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "the first is '?'" in done.stdout
     said = done.stdout.splitlines()
     bars = [line for line in re.split(r"[\r\n]|\x1b\[A", done.stderr) if line.strip()]
     assert said[0] == "[]" and re.fullmatch("rlcm on mine.py:load.*cpu", said[1])
@@ -1101,14 +1104,6 @@ def test_resume_uses_the_runs_own_prompts_and_settings(finished, tmp_path, capsy
     assert (out / "prompts.txt").read_text() == "a red cat"
 
 
-def test_terminal_that_cannot_print_a_prompt(mini, tmp_path):
-    (tmp_path / "p.txt").write_text("\u732b\n", encoding="utf-8")
-    command = words(**SMALL | dict(epochs=1, prompts=tmp_path / "p.txt"), model=mini, out=tmp_path / "run")
-    env = os.environ | {"PYTHONIOENCODING": "cp1252"}
-    done = subprocess.run([sys.executable, HERE / "rlcm.py", *command], env=env, capture_output=True)
-    assert done.returncode == 0 and b"the first is '?'" in done.stdout, done.stderr
-
-
 def test_images_that_are_not_finite_are_named():
     with pytest.raises(BadInput, match="images for the reward 'compress' are not finite"):
         rewards.get_reward("compress")(torch.full((1, 3, 8, 8), math.nan), ["a cat"])
@@ -1415,7 +1410,12 @@ def test_evaluate_and_sample_draw_what_a_plain_pipeline_draws(tiny_run, tmp_path
     assert set(cases) == set(itertools.product(("base", "tuned"), ("training", "held-out"), (1, 2)))
     drawn = []
     grid = rlcm.sample_grid
-    monkeypatch.setattr(rlcm, "sample_grid", lambda images, *a, **b: drawn.append(images) or grid(images, *a))
+
+    def spied(images, captions, columns):
+        drawn.append(images)
+        return grid(images, captions, columns)
+
+    monkeypatch.setattr(rlcm, "sample_grid", spied)
     prompts = ["pizza", "a cat"] * 3
     assert sample.main([str(tiny_run), *prompts, "--strength", "0.5", "1"]) == 0
     pipe = DiffusionPipeline.from_pretrained(HERE / "tiny" / "lcm")
