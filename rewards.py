@@ -84,8 +84,8 @@ DTYPE = {"cuda": torch.float16}  # of models on that type of device; float32 els
 @functools.cache
 def load(kind, source, device=None, **options):
     """transformers' `kind` from `source`, cached: a model on `device`, a processor, or a file of tensors."""
-    advice = "connect to the Hugging Face Hub, or set HF_HOME to a cache that has it"
-    with explained(f"cannot load {source}: {advice}; compress and incompress need no model"):
+    # Without the Hub, HF_HOME must be a cache that has it.
+    with explained(f"cannot load {source} from Hub or HF_HOME; compress and incompress need no model"):
         import transformers
 
         file = kind if kind.endswith(".pth") else "config.json"
