@@ -532,7 +532,7 @@ def train(cfg, resume=False, on_epoch=None):
                 sheet = save_samples(model, cfg, reward, prompts, out, epoch)
                 for tracker in accelerator.trackers:
                     layout = {"dataformats": "NHWC"} if cfg.log_with == "tensorboard" else {}
-                    tracker.log_images({"samples": [np.asarray(sheet)]}, epoch, **layout)
+                    tracker.log_images({"samples": np.asarray(sheet)[None]}, epoch, **layout)
                 save_curve(rows, cfg, out)
                 model.save(out)
             state = dict(config=settings, optimizer=optimizer.state_dict(), rows=rows, history=history)
