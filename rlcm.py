@@ -428,7 +428,8 @@ def train(cfg, resume=False, on_epoch=None):
                 save_samples(model, cfg, reward, prompts, out, 0)
             write(out / "prompts.txt", "\n".join(prompts).encode())
         write(out / "config.json", json.dumps(settings, indent=1).encode())
-    accelerator.init_trackers("rlcm", settings)
+    with explained(f"--log-with {cfg.log_with} cannot start"):
+        accelerator.init_trackers("rlcm", settings)
     if on_epoch and not resume:
         on_epoch(0, model, {})
 

@@ -1055,7 +1055,6 @@ REPORTS = {  # what is wrong: what the one line says
     "--reward foreign.py:quits": "(SystemExit: 3)",
     "--reward foreign.py:complex": "complex numbers",
     "--reward one/one.py:fn,two/two.py:fn": "utils.py",
-    "--log-with wandb": "first pip install wandb",
     "--prompts a.tsv": "a.tsv",
     "--prompts b.txt": "b.txt",
     "--prompts c.json": "c.json",
@@ -1101,6 +1100,14 @@ def test_resume_uses_the_runs_own_prompts_and_settings(finished, tmp_path, capsy
     (out / "config.json").write_text(json.dumps(config | {"prompts": "gone.txt"}))
     refused(["--resume", str(out), "--epochs", "3"], "gone.txt", tmp_path, capsys)
     assert (out / "prompts.txt").read_text() == "a red cat"
+
+
+def test_tracker_that_is_not_installed(reported, mini, monkeypatch, capsys):
+    """A folder of that name, as wandb's own logs make one, is not the package."""
+    monkeypatch.setattr(rlcm, "packages_distributions", dict)
+    monkeypatch.chdir(reported)
+    given = words(**SMALL | {"log-with": "wandb"}, model=mini)
+    refused(given, "first pip install wandb", reported, capsys)
 
 
 def test_images_that_are_not_finite_are_named():
