@@ -412,10 +412,11 @@ def train(cfg, resume=False, on_epoch=None):
     seconds = 0
     if resume:
         state = load_checkpoint(out, model)
-        optimizer.load_state_dict(state["optimizer"])
-        rows = state["rows"]
-        history = state["history"]
-        seconds = rows[-1]["seconds"]
+        with explained(f"{out} has a damaged checkpoint: start a new run in another folder"):
+            optimizer.load_state_dict(state["optimizer"])
+            rows = state["rows"]
+            history = state["history"]
+            seconds = rows[-1]["seconds"]
         same = asdict(Config(**state["config"])) | {"epochs": cfg.epochs, "out": cfg.out}
         changed = same.items() ^ settings.items()
         require(not changed, f"with --resume only --epochs may change: {sorted(changed)}")
