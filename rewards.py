@@ -9,7 +9,7 @@ of those. It is given one micro-batch of images at a time. From Python:
 
     reward = get_reward("aesthetic:1,compress:0.05")
     reward(images, prompts)         (B,)    the sum; reward(images, prompts, 4) sees four images at a time
-    reward.terms(images, prompts)   (B, n)  its n terms, weights included
+    reward.components(images, prompts)   (B, n)  its n components, weights included
     reward.names                    n strings: "aesthetic:1", "compress:0.05"
 
 Heavy imports belong inside the function that needs them. The models behind rewards are downloaded from the
@@ -239,20 +239,21 @@ def get_reward(name, model=None):
     names = [part.strip() for part in name.split(",")]
     require(all(names), f"an empty part in the reward {name!r}: write a sum as aesthetic:1,compress:0.05")
     require(len(set(names)) == len(names), f"the reward {name!r} has a part twice: add up its weights")
-    fns = [get_term(part, model) for part in names]
+    fns = [get_component(part, model) for part in names]
 
-    def terms(images, prompts):
+    def components(images, prompts):
         return torch.stack([fn(images, prompts) for fn in fns], 1)  # (B, n)
 
     def reward(images, prompts, micro_batch=64):
         parts = [slice(i, i + micro_batch) for i in range(0, len(prompts), micro_batch)]
-        return torch.cat([terms(images[part], prompts[part]).sum(1) for part in parts])  # (B,)
+        return torch.cat([components(images[part], prompts[part]).sum(1) for part in parts])  # (B,)
 
-    reward.terms, reward.names = terms, names
+    reward.components = components
+    reward.names = names
     return reward
 
 
-def get_term(part, model):
+def get_component(part, model):
     """One part of a sum, `reward` or `reward:weight`, checked on every call. Raises BadInput."""
     name, _, weight = part.rpartition(":")
     if name not in REWARDS and ".py:" not in name:

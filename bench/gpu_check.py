@@ -65,11 +65,11 @@ def passes(model, cfg):
     for _ in range(cfg.batch_size // cfg.micro_batch):
         c = model.encode(["a cat"] * cfg.micro_batch)
         with torch.no_grad():
-            for t in s.t:
-                model.eps(x, t, c)
+            for k in range(len(s.t)):
+                model.denoise(x, k, c, s)
             model.decode(x)
         for k in s.actions:
-            loss = model.eps(x, s.t[k], c).square().mean()
+            loss = model.denoise(x, k, c, s).square().mean()
             torch.autograd.grad(loss, list(model.trainable.values()))
 
 

@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rlcm
-from rlcm import rlcm_policy
+from rlcm import policy
 
 SETTINGS = dict(reward="clip", epochs=12, lr=1.2e-3)  # the rest is Config's: rlcm on tiny
 
@@ -56,8 +56,8 @@ def train(cfg, hybrid=False):
         for micro in micro_batches:
             own = [batch[n] for n in micro.i]
             micro.c = model.encode(own)
-            micro.x, _, _ = rlcm.rollout(rlcm_policy, model.eps, noisy, micro.c, z[:, micro.i])
-            f, _ = rlcm_policy(model.eps, micro.x[-1], cfg.steps - 1, micro.c, s)
+            micro.x, _, _ = rlcm.rollout(model.denoise, noisy, micro.c, z[:, micro.i])
+            f, _ = policy(model.denoise, micro.x[-1], cfg.steps - 1, micro.c, s)
             own_r = reward(model.decode(f), own)
             rlcm.require(own_r.requires_grad, f"the reward {cfg.reward} has no gradient: rlcm.py needs none")
             (-own_r.sum() / cfg.batch_size).backward()
@@ -70,7 +70,7 @@ def train(cfg, hybrid=False):
             A = A.to(model.device) * z[0, 0].numel()  # so the log-prob counts as a sum over the latent
             for k in s.actions:
                 for micro in micro_batches:
-                    mean, std = rlcm_policy(model.eps, micro.x[k], k, micro.c, s)
+                    mean, std = policy(model.denoise, micro.x[k], k, micro.c, s)
                     loss = -A[micro.i] * rlcm.log_prob(micro.x[k + 1], mean, std)
                     (loss.sum() / cfg.batch_size).backward()
         torch.nn.utils.clip_grad_norm_(model.trainable.values(), cfg.max_grad_norm)

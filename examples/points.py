@@ -4,25 +4,26 @@
 
 A consistency model draws the points of a circle in four steps. It is rewarded for points far to the right
 and pays for each nat of KL from the pretrained model. To train a network of your own, copy `learn` and bring
-a schedule, a reward, and eps(x, t, c), the noise that your network predicts in x (B, C, h, w) at a scalar t.
+a schedule, a reward, and denoise(x, k, c, s), the clean x that your network predicts from x (B, C, h, w) at
+step k.
 """
 import copy
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from rlcm import advantages, gaussian_kl, log_prob, path_kl, policy_loss, rlcm_policy, rollout
+from rlcm import advantages, gaussian_kl, log_prob, make_schedule, path_kl, policy, policy_loss, rollout
 
 H = 4  # steps
 B = 256  # points per epoch
 D = 2  # elements of a point, which is a latent with two channels and one pixel
+KL = 0.3  # lambda, --kl of rlcm.py
 
 
-def learn(network, kl_weight=0.3, epochs=25):
+def learn(network, epochs=25):
     """Fine-tune the network on the reward. Returns the mean reward of each epoch."""
     ref = copy.deepcopy(network)
     s = schedule(torch.linspace(1.55, 0.3, H))
@@ -34,21 +35,21 @@ def learn(network, kl_weight=0.3, epochs=25):
     for epoch in range(1, epochs + 1):
         # 1. Rollout. The reward is the first coordinate of the point.
         z = torch.randn(H + 1, B, D, 1, 1)
-        x, means, log_p_old = rollout(rlcm_policy, network.eps, s, c, z)
+        x, means, log_p_old = rollout(network.denoise, s, c, z)
         r = x[-1][:, 0, 0, 0]
-        mean_ref, kl = path_kl(rlcm_policy, ref.eps, s, c, x, means)
+        mean_ref, kl = path_kl(ref.denoise, s, c, x, means)
 
         # 2. Advantage: was the point better than usual? Minus lambda times the KL-to-go.
         A = advantages(r, prompts, history, buffer_size=B, min_count=B, adv_clip=5)
         kl_to_go = kl.sum(1, keepdim=True) - kl.cumsum(1)
-        A = A[:, None] - kl_weight * (kl_to_go - kl_to_go.mean(0))  # (B, H)
+        A_k = A[:, None] - KL * (kl_to_go - kl_to_go.mean(0))  # (B, H)
 
         # 3. Policy gradient. The log-prob is averaged over D, so PPO's usual 0.2 is divided by D.
         for k in s.actions:
-            mean, std = rlcm_policy(network.eps, x[k], k, c, s)
+            mean, std = policy(network.denoise, x[k], k, c, s)
             log_p = log_prob(x[k + 1], mean, std)
-            loss, ratio = policy_loss(log_p, log_p_old[k], A[:, k], clip_range=0.2 / D)
-            loss = loss + kl_weight * gaussian_kl(mean, mean_ref[k], std) / D
+            loss, ratio = policy_loss(log_p, log_p_old[k], A_k[:, k], clip_range=0.2 / D)
+            loss = loss + KL * gaussian_kl(mean, mean_ref[k], std) / D
             loss.mean().backward()
             assert (ratio == 1).all()  # the first thing to check in your own code
         optimizer.step()
@@ -59,15 +60,9 @@ def learn(network, kl_weight=0.3, epochs=25):
 
 
 def schedule(t):
-    """The schedule with falling times t (H,). At pi / 2 a point is pure noise, at 0 it is data."""
-    alpha_bar = t.cos() ** 2
-    alpha_bar_next = torch.cat([alpha_bar[1:], torch.ones(1)])
-    std = (1 - alpha_bar_next).sqrt()
-    s = SimpleNamespace(t=t, alpha_bar=alpha_bar, alpha_bar_next=alpha_bar_next, std=std)
-    s.actions = range(len(t) - 1)  # the last step adds no noise
-    s.c_skip = torch.zeros_like(t)  # f = c_skip x + c_out pred_x0
-    s.c_out = torch.ones_like(t)
-    return s
+    """The schedule with falling times t (H,). A point is cos(t) x_0 + sin(t) z: pure noise at pi / 2."""
+    t_next = torch.cat([t[1:], torch.zeros(1)])
+    return make_schedule(t, (t.cos(), t.sin()), (t_next.cos(), t_next.sin()), new=torch.ones(H))
 
 
 class Network(nn.Sequential):
@@ -77,11 +72,10 @@ class Network(nn.Sequential):
     point along the radius.
     """
 
-    def eps(self, x, t, c):
-        time = t.expand(len(x), 1)
+    def denoise(self, x, k, c, s):
+        time = s.t[k].expand(len(x), 1)
         shift = self(torch.cat([x.flatten(1), time], 1)).view_as(x)
-        pred_x0 = nn.functional.normalize(x + shift)
-        return (x - t.cos() * pred_x0) / t.sin()
+        return nn.functional.normalize(x + shift)
 
 
 def pretrained():

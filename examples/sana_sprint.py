@@ -5,77 +5,67 @@
 
 SanaSprint(pipe, cfg) takes any SanaSprintPipeline that is loaded and on its device, say from a folder.
 
-SANA-Sprint's time is an angle t: x = cos(t) x_0 + sin(t) z, for latents divided by the scheduler's
-sigma_data. Each step predicts x_0 and adds noise at the next angle, so it is rlcm_policy with
-alpha-bar = cos^2 t and f_theta = pred_x0.
+SANA-Sprint's time is an angle t: a latent is cos(t) times a clean one plus sin(t) sigma_data times noise, with
+the scheduler's sigma_data. Each step predicts the clean latent and adds noise at the next angle: --method rlcm.
 """
 import inspect
 
 import torch
 from diffusers import SanaSprintPipeline
 
-from rlcm import StableDiffusion, make_schedule, require
+from rlcm import DiffusersModel, make_schedule, require
 
 # What the text encoder is asked to do with a prompt: a default of the pipeline's call, not of encode_prompt.
 INSTRUCTION = inspect.signature(SanaSprintPipeline.__call__).parameters["complex_human_instruction"].default
 
 
-def alpha_bar(t):
-    """cos^2 t, the signal's share of the variance, except at pure noise.
-
-    There the scheduler's t is 1.57080, just above pi/2, and dividing by its cosine would lose every digit.
-    eps and rlcm_policy both use this number and it cancels, so 1/2 gives the pipeline's mean, too.
-    """
-    return torch.where(t < 1.57, t.cos() ** 2, 0.5)
-
-
-class SanaSprint(StableDiffusion):
+class SanaSprint(DiffusersModel):
     """A LoRA on the transformer of a SanaSprintPipeline."""
 
-    component = "transformer"
-    guided = False  # the guidance scale is an input of the network
+    component = "transformer"  # it takes the guidance scale as an input
 
     def set_up(self):
-        pipe = self.pipe
-        cfg = self.cfg
-        require(cfg.method == "rlcm", f"SANA-Sprint is a consistency model: --method rlcm, not {cfg.method}")
-        found = type(pipe.scheduler).__name__
-        require(found == "SCMScheduler", f"{cfg.model} has a {found}, not an SCMScheduler")
-        unit = pipe.vae_scale_factor
-        require(cfg.resolution % unit == 0, f"--resolution {cfg.resolution}: must be a multiple of {unit}")
-        self.shape = (self.network.config.in_channels, cfg.resolution // unit, cfg.resolution // unit)
+        method = self.cfg.method
+        require(method == "rlcm", f"SANA-Sprint is a consistency model: --method rlcm, not {method}")
+        found = type(self.pipe.scheduler).__name__
+        require(found == "SCMScheduler", f"{self.cfg.model} has a {found}, not an SCMScheduler")
 
-    def schedule(self, H):
-        self.pipe.scheduler.set_timesteps(H, intermediate_timesteps=1.3 if H == 2 else None)
-        t = self.pipe.scheduler.timesteps  # (H+1,)
-        s = make_schedule(t[:-1], alpha_bar(t[:-1]), alpha_bar(t[1:]), t[1:].sin())
-        s.c_skip = torch.zeros(H)
-        s.c_out = torch.ones(H)
-        return s
+    def build_schedule(self, method, H):
+        scheduler = self.pipe.scheduler
+        scheduler.set_timesteps(H, intermediate_timesteps=1.3 if H == 2 else None)
+        t = scheduler.timesteps.double()  # (H+1,)
+        signal = t.cos()
+        noise = t.sin() * scheduler.config.sigma_data
+        now = signal[:-1], noise[:-1]
+        after = signal[1:], noise[1:]
+        return make_schedule(scheduler.timesteps[:-1], now, after, torch.ones(H), start=scheduler.config.sigma_data)
 
-    @torch.no_grad()
     def encode(self, prompts):
         """B strings -> (B, L, E) and an attention mask (B, L)."""
         return self.pipe.encode_prompt(prompts, device=self.device, complex_human_instruction=INSTRUCTION)
 
-    def eps(self, x, t, c):
-        """The network is a rectified flow: at its own scale and time it predicts noise minus data."""
-        scale = t.cos() + t.sin()
-        x_flow = x / scale
-        t_flow = t.sin() / scale
-        pred_x0 = x_flow - t_flow * super().eps(x_flow, t_flow, c)
-        return (x - alpha_bar(t).sqrt() * pred_x0) / (1 - alpha_bar(t)).sqrt()
-
     def predict(self, x, t, c):
+        """The velocity that the scheduler takes. The network is a rectified flow: it has another scale and time."""
         embeddings, mask = c
+        sigma_data = self.pipe.scheduler.config.sigma_data
+        time = t.sin() / (t.cos() + t.sin())
+        scale = (time**2 + (1 - time) ** 2).sqrt()
+        x = x / sigma_data * scale
         guidance = embeddings.new_full([len(x)], self.cfg.guidance_scale)  # rounded as in the pipeline
-        return self.network(
-            x,
-            encoder_hidden_states=embeddings.to(x.dtype),
+        flow = self.network(
+            x.to(self.dtype),
+            encoder_hidden_states=embeddings.to(self.dtype),
             encoder_attention_mask=mask,
-            timestep=t.expand(len(x)).to(self.device),
+            timestep=time.expand(len(x)).to(self.device),
             guidance=guidance * self.network.config.guidance_embeds_scale,
-        ).sample
+        ).sample.float()
+        return ((1 - 2 * time) * x + (1 - 2 * time + 2 * time**2) * flow) / scale * sigma_data
+
+    def pred_x0(self, output, x, k, s):
+        return s.t[k].cos() * x - s.t[k].sin() * output
+
+    def decode(self, x):
+        return super().decode(x / self.pipe.scheduler.config.sigma_data)
 
 
 def load(source, cfg, device):

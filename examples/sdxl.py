@@ -23,7 +23,7 @@ Small random models draw what their plain pipelines draw. The real weights, and 
 """
 import torch
 
-from rlcm import StableDiffusion
+from rlcm import StableDiffusion, require
 
 BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 
@@ -41,6 +41,7 @@ class SDXL(StableDiffusion):
 
     def set_up(self):
         super().set_up()
+        require(not self.pipe.vae.config.latents_mean, "its VAE shifts the latents: not supported")
         if self.pipe.vae.config.force_upcast:  # it overflows in half precision
             self.pipe.vae.float()
 
@@ -54,15 +55,9 @@ class SDXL(StableDiffusion):
             pooled = torch.cat([empty_pooled, pooled])
         size = [self.cfg.resolution, self.cfg.resolution]
         time_ids = torch.tensor([size + [0, 0] + size] * len(c), device=self.device)  # original, crop, target
-        w = None
-        if dim := self.network.config.time_cond_proj_dim:
-            scale = torch.full((len(c),), self.cfg.guidance_scale - 1.0)
-            w = self.pipe.get_guidance_scale_embedding(scale, dim).to(self.device, self.dtype)
         added = dict(text_embeds=pooled, time_ids=time_ids)
+        w = self.guidance_input(len(c))
         return dict(encoder_hidden_states=c, added_cond_kwargs=added, timestep_cond=w)
-
-    def predict(self, x, t, c):
-        return self.network(x, t, **c).sample
 
 
 def load(cfg, device, source, unet=None, lora=None, file=None, **scheduler):

@@ -23,13 +23,6 @@ import rlcm
 SETTINGS = dict(method="score", steps=6, epochs=8, lr=5e-3, guidance_scale=3.0, lora_rank=4, lora_alpha=4)
 
 
-def predicted_x0(x, mean, s, k):
-    """The network's predicted clean latent at x, from the mean that score_policy (or ddpo_policy) gave."""
-    rho = s.alpha_bar[k] / s.alpha_bar_next[k]
-    score = (mean * rho.sqrt() - x) / (1 - rho)  # score_policy solved for a
-    return (x + (1 - s.alpha_bar[k]) * score) / s.alpha_bar[k].sqrt()  # Tweedie's formula
-
-
 def value(A, g, r, prompts, history, min_count):
     """V (H, B) for A (B,), r (B,) and g (H, B). It puts g into the units that `advantages` has used for r."""
     V = torch.zeros_like(g)
@@ -51,7 +44,6 @@ def train(cfg):
     model = rlcm.load_model(cfg, "cuda" if torch.cuda.is_available() else "cpu")
     prompts = rlcm.get_prompts(cfg.prompts)
     reward = rlcm.get_reward(cfg.reward, cfg.model)
-    policy = rlcm.METHODS[cfg.method].policy
     s = model.schedule(cfg.steps)
     optimizer = torch.optim.Adam(model.trainable.values(), cfg.lr)
     history = {}
@@ -68,11 +60,16 @@ def train(cfg):
         for micro in micro_batches:
             own = [batch[n] for n in micro.i]
             micro.c = model.encode(own)
-            micro.x, means, _ = rlcm.rollout(policy, model.eps, s, micro.c, z[:, micro.i])
+            pred_x0 = []
+
+            def denoise(x, k, c, s):
+                pred_x0.append(model.denoise(x, k, c, s))
+                return pred_x0[k]
+
+            micro.x, _, _ = rlcm.rollout(denoise, s, micro.c, z[:, micro.i])
             r[micro.i] = reward(model.decode(micro.x[-1]), own)
             for k in s.actions:
-                pred_x0 = predicted_x0(micro.x[k], means[k], s, k)
-                g[k, micro.i] = reward(model.decode(pred_x0), own)
+                g[k, micro.i] = reward(model.decode(pred_x0[k]), own)
 
         # 2. Advantage, minus the value.
         A = rlcm.advantages(r, batch, history, cfg.buffer_size, cfg.min_count, cfg.adv_clip)
@@ -82,7 +79,7 @@ def train(cfg):
         # 3. Policy gradient. With one optimizer step per rollout, PPO's is REINFORCE's.
         for k in s.actions:
             for micro in micro_batches:
-                mean, std = policy(model.eps, micro.x[k], k, micro.c, s)
+                mean, std = rlcm.policy(model.denoise, micro.x[k], k, micro.c, s)
                 loss = -A_k[k, micro.i].to(model.device) * rlcm.log_prob(micro.x[k + 1], mean, std)
                 (loss.sum() / (len(s.actions) * cfg.batch_size)).backward()
         torch.nn.utils.clip_grad_norm_(model.trainable.values(), cfg.max_grad_norm)

@@ -2,11 +2,9 @@
 
     python rlcm.py --model examples/z_image.py:turbo --reward aesthetic
 
-A rectified flow mixes a clean latent x_0 with noise z: x = (1 - s) x_0 + s z, with s falling from 1 to 0.
-Its network predicts the velocity z - x_0, and so x_0. A step here predicts x_0 and mixes it with new noise
-for the next s. Latents divided by sqrt((1 - s)^2 + s^2) have the form that rlcm_policy knows, with
-
-    alpha-bar = (1 - s)^2 / ((1 - s)^2 + s^2),    c_skip = 0,    c_out = 1
+A rectified flow mixes a clean latent with noise z, (1 - s) times the one plus s times the other, with s falling
+from 1 to 0. Its network predicts the velocity, which is z minus the clean latent. A step here predicts the
+clean latent and mixes it with new noise for the next s: --method rlcm.
 
 Its authors do not sample it like this. They take Euler steps without noise, which are not a policy. How good
 re-noised images are has not been tried here, so look at samples/epoch-0000.png first.
@@ -30,70 +28,46 @@ take a 32 GB card.
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 
-from rlcm import StableDiffusion, make_schedule, require
+from rlcm import DiffusersModel, make_schedule, require
 
 
-class ZImage(StableDiffusion):
+class ZImage(DiffusersModel):
     """A LoRA on the transformer of a ZImagePipeline without guidance, for the method rlcm."""
 
     component = "transformer"
+    patch = 2  # a token of the transformer is a patch of 2 x 2 latent pixels
 
     def set_up(self):
-        pipe = self.pipe
         cfg = self.cfg
         require(cfg.method == "rlcm", f"{cfg.model} is sampled by re-noising: --method must be rlcm")
         require(cfg.guidance_scale == 0, f"{cfg.model} takes no guidance: --guidance-scale must be 0")
-        euler = isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler)
-        require(euler, f"{cfg.model} needs a FlowMatchEulerDiscreteScheduler")
-        self.guided = False
+        config = self.pipe.scheduler.config
+        self.pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=True)
 
-        # A token of the transformer is a patch of 2 x 2 latent pixels.
-        unit = 2 * pipe.vae_scale_factor
-        require(cfg.resolution % unit == 0, f"--resolution {cfg.resolution}: must be a multiple of {unit}")
-        size = cfg.resolution // pipe.vae_scale_factor
-        self.shape = (self.network.config.in_channels, size, size)
-
-    def schedule(self, H):
+    def build_schedule(self, method, H):
         scheduler = self.pipe.scheduler
         scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / H, H).tolist())
-        share = alpha_bar(scheduler.sigmas)  # (H+1,), the last is 1
-        std = (1 - share[1:]).sqrt()
-        s = make_schedule(scheduler.timesteps, share[:-1], share[1:], std)
-        s.c_skip = torch.zeros(H)
-        s.c_out = torch.ones(H)
-        return s
+        s = scheduler.sigmas.double()  # (H+1,), the last is 0
+        return make_schedule(scheduler.timesteps, (1 - s[:-1], s[:-1]), (1 - s[1:], s[1:]), torch.ones(H))
 
-    @torch.no_grad()
     def encode(self, prompts):
         """B strings -> a list of B embeddings (L, E), each with a length of its own."""
         prompts = list(prompts)  # a copy, because the pipeline writes its chat template into the list
         return self.pipe.encode_prompt(prompts, self.device, do_classifier_free_guidance=False)[0]
 
-    def eps(self, x, t, c):
-        """The noise from which rlcm_policy gets back the predicted x_0."""
-        level = t / 1000
-        share = alpha_bar(level)
-        mixed = x * ((1 - level) ** 2 + level**2).sqrt()  # the latent as the network knows it
-        velocity = super().eps(mixed, t, c)
-        pred_x0 = mixed - level * velocity
-        return (x - share.sqrt() * pred_x0) / (1 - share).sqrt()
-
     def predict(self, x, t, c):
         """The velocity. The network's time runs from noise, 0, to data, 1, so its own has the other sign."""
         time = ((1000 - t) / 1000).expand(len(x)).to(x.device)
-        frames = list(x.unsqueeze(2))  # B of (C, 1, h, w)
+        frames = list(x.to(self.dtype).unsqueeze(2))  # B of (C, 1, h, w)
         out = self.network(frames, time, c, return_dict=False)[0]
         return -torch.stack(out).squeeze(2)
+
+    def pred_x0(self, output, x, k, s):
+        return x - s.noise[k] * output
 
     def decode(self, x):
         vae = self.pipe.vae.config
         return super().decode(x + vae.shift_factor * vae.scaling_factor)  # it divides by the latter
-
-
-def alpha_bar(level):
-    """The signal's share of the variance; but 1/2 at pure noise, where rlcm_policy would divide by 0."""
-    share = (1 - level) ** 2 / ((1 - level) ** 2 + level**2)
-    return torch.where(level < 1, share, 0.5)  # `eps` is derived with it, so any share gives the same mean
 
 
 def turbo(cfg, device):
