@@ -8,9 +8,9 @@ Name one with `--reward`: a key of REWARDS below, `path/to/file.py:function` for
 of those. It is given one micro-batch of images at a time. From Python:
 
     reward = get_reward("aesthetic:1,compress:0.05")
-    reward(images, prompts)         (B,)    the sum; reward(images, prompts, 4) sees four images at a time
-    reward.components(images, prompts)   (B, n)  its n components, weights included
-    reward.names                    n strings: "aesthetic:1", "compress:0.05"
+    reward(images, prompts, micro_batch=64) (B,)    the sum; it sees 64 images at a time
+    reward.components(images, prompts)      (B, n)  its n components, weights included
+    reward.names                            n strings: "aesthetic:1", "compress:0.05"
 
 Heavy imports belong inside the function that needs them. The models behind rewards are downloaded from the
 Hugging Face Hub on first use and stay on their device. The embedded model has a CLIP of its own (TINY_CLIP).
@@ -28,76 +28,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
-
-
-class BadInput(ValueError):
-    """The user's input is wrong; the message is one line that says what is wrong and what to do about it."""
-
-
-def require(ok, message):
-    """Raises BadInput(message) unless ok."""
-    if not ok:
-        raise BadInput(message)
-
-
-def one_line(e):
-    """An exception's type and message."""
-    return f"{type(e).__name__}: {' '.join(str(e).partition(chr(27))[0].split())[:160]}"  # no colour codes
-
-
-@contextlib.contextmanager
-def explained(what):
-    """Run other people's code: any exception becomes a BadInput that says `what`, with the cause in brackets.
-
-    PyTorch's grad mode, default dtype and default device are restored afterwards.
-    """
-    grad, dtype, device = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
-    try:
-        yield
-    except (BadInput, torch.OutOfMemoryError):
-        raise
-    except (Exception, SystemExit) as e:
-        raise BadInput(f"{what} ({one_line(e)})") from e
-    finally:
-        torch.set_grad_enabled(grad)
-        torch.set_default_dtype(dtype)
-        if torch.get_default_device() != device:
-            torch.set_default_device(device)
-
-
-# ----------------------------------------------------------------------------------------------------- models
-HUB = {  # hub ids, or folders, of the models behind the rewards
-    "clip": "openai/clip-vit-large-patch14",
-    "aesthetic": "trl-lib/ddpo-aesthetic-predictor",  # a copy of LAION's sac+logos+ava1-l14-linearMSE
-    "pickscore": "yuvalkirstain/PickScore_v1",
-    "pickscore-processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-    "llava": "llava-hf/llava-1.5-7b-hf",
-    "llava-13b": "llava-hf/llava-1.5-13b-hf",
-    "bert": "microsoft/deberta-xlarge-mnli",
-}
-TINY_CLIP = str(Path(__file__).resolve().parent / "tiny" / "clip")
-BERT_LAYER = 40  # bert-score 0.3.13: this encoder's best layer
-BERT_RECALL = 0.5170288  # ... and the mean recall of unrelated English sentences at that layer
-DTYPE = {"cuda": torch.float16}  # of models on that type of device; float32 elsewhere
-
-
-@functools.cache
-def load(kind, source, device=None, **options):
-    """transformers' `kind` from `source`, cached: a model on `device`, a processor, or a file of tensors."""
-    # Without the Hub, HF_HOME must be a cache that has it.
-    with explained(f"cannot load {source} from Hub or HF_HOME; compress and incompress need no model"):
-        import transformers
-
-        file = kind if kind.endswith(".pth") else "config.json"
-        file = transformers.utils.cached_file(source, file)  # if the Hub is unreachable, fail after one file
-        if file.endswith(".pth"):
-            return torch.load(file, map_location="cpu", weights_only=True)
-        if device:
-            options["dtype"] = DTYPE.get(device.type, torch.float32)
-        loaded = getattr(transformers, kind).from_pretrained(source, **options)
-    for p in loaded.parameters() if device else ():  # DeBERTa's q_bias and v_bias load as float32
-        p.data = p.data.to(options["dtype"])  # not loaded.to(dtype): LLaVA's rotary buffers must stay float32
-    return loaded.requires_grad_(False).to(device) if device else loaded
 
 
 # ---------------------------------------------------------------------------------------------------- rewards
@@ -128,9 +58,12 @@ def incompress(images, prompts):
 def clip_pixels(images, size, mean, std):
     """CLIP's image processor on tensors: short side to `size`, centre crop, normalise: (B, 3, size, size)."""
     H, W = images.shape[-2:]
-    H, W = size * H // min(H, W), size * W // min(H, W)
+    short = min(H, W)
+    H = size * H // short
+    W = size * W // short
     images = F.interpolate(images.float(), (H, W), mode="bicubic", antialias=True).clamp(0, 1)
-    top, left = (H - size) // 2, (W - size) // 2
+    top = (H - size) // 2
+    left = (W - size) // 2
     mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (mean, std))
     return (images[..., top : top + size, left : left + size] - mean) / std
 
@@ -139,9 +72,10 @@ def clip_embed(images, prompts, source, processor):
     """A CLIP's embeddings of images and prompts, (B, E) each, of unit length, and its logit scale, ()."""
     processor = load("AutoProcessor", processor)
     tokens = processor.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt")
-    mean, std = processor.image_processor.image_mean, processor.image_processor.image_std
     model = load("CLIPModel", source, images.device)
-    pixels = clip_pixels(images, model.config.vision_config.image_size, mean, std)
+    config = processor.image_processor
+    size = model.config.vision_config.image_size
+    pixels = clip_pixels(images, size, config.image_mean, config.image_std)
     out = model(pixel_values=pixels.to(model.dtype), **tokens.to(images.device))
     image, prompt = (F.normalize(v.float(), dim=1) for v in (out.image_embeds, out.text_embeds))
     return image, prompt, model.logit_scale.float().exp()
@@ -288,42 +222,6 @@ def checked(part, fn, scale, images, prompts):
     return r
 
 
-def load_function(spec):
-    """The function that `path/to/file.py:function` names. Its file is imported once. Raises BadInput."""
-    path, _, name = spec.rpartition(":")
-    file = Path(path).resolve()
-    require(file.is_file(), f"there is no file {path}: give path/to/file.py:function")
-    key = str(file)
-    with explained(f"the file {path} does not load"):
-        found = "." in file.stem or importlib.util.find_spec(file.stem)
-        if not found or getattr(found, "origin", None) == key:  # otherwise another module has that name
-            key = file.stem
-        if key not in sys.modules:
-            sys.path.append(str(file.parent))  # so that it can import its neighbours
-            spec = importlib.util.spec_from_file_location(key, file)
-            sys.modules[key] = importlib.util.module_from_spec(spec)  # dataclasses look there
-            try:
-                with contextlib.redirect_stderr(io.StringIO()):  # hides "usage: ..."
-                    spec.loader.exec_module(sys.modules[key])
-                require_own_neighbours(file)
-            except BaseException:
-                del sys.modules[key]
-                raise
-    function = getattr(sys.modules[key], name, None)
-    require(callable(function), f"{path} has no function {name!r}")
-    return function
-
-
-def require_own_neighbours(file):
-    """Raise BadInput if a newly imported file got another module in place of its neighbour of that name."""
-    for neighbour in file.parent.glob("*.py"):
-        module = sys.modules.get(neighbour.stem)
-        imports = rf"^\s*(from\s+|import\s+(.*,\s*)?){neighbour.stem}\b"
-        if module and re.search(imports, file.read_text(encoding="utf-8"), re.MULTILINE):
-            own = Path(module.__file__).resolve() == neighbour
-            require(own, f"{file} imports {neighbour.name} but gets {module.__file__}: rename one")
-
-
 # ---------------------------------------------------------------------------------------------------- prompts
 ANIMALS = """
     cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard
@@ -358,3 +256,129 @@ def get_prompts(name):
     prompts = [line.strip() for line in text.split("\n") if line.strip()]
     require(prompts, f"the prompt file {name} is empty: write one prompt per line")
     return prompts
+
+
+# ---------------------------------------------------------------------------------- models behind the rewards
+HUB = {  # hub ids, or folders, of the models behind the rewards
+    "clip": "openai/clip-vit-large-patch14",
+    "aesthetic": "trl-lib/ddpo-aesthetic-predictor",  # a copy of LAION's sac+logos+ava1-l14-linearMSE
+    "pickscore": "yuvalkirstain/PickScore_v1",
+    "pickscore-processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    "llava": "llava-hf/llava-1.5-7b-hf",
+    "llava-13b": "llava-hf/llava-1.5-13b-hf",
+    "bert": "microsoft/deberta-xlarge-mnli",
+}
+TINY_CLIP = str(Path(__file__).resolve().parent / "tiny" / "clip")
+BERT_LAYER = 40  # bert-score 0.3.13: this encoder's best layer
+BERT_RECALL = 0.5170288  # ... and the mean recall of unrelated English sentences at that layer
+DTYPE = {"cuda": torch.float16}  # of models on that type of device; float32 elsewhere
+
+
+@functools.cache
+def load(kind, source, device=None, **options):
+    """transformers' `kind` from `source`, cached: a model on `device`, a processor, or a file of tensors."""
+    # Without the Hub, HF_HOME must be a cache that has it.
+    with explained(f"cannot load {source} from Hub or HF_HOME; compress and incompress need no model"):
+        import transformers
+
+        file = kind if kind.endswith(".pth") else "config.json"
+        file = transformers.utils.cached_file(source, file)  # if the Hub is unreachable, fail after one file
+        if file.endswith(".pth"):
+            return torch.load(file, map_location="cpu", weights_only=True)
+        if device:
+            options["dtype"] = DTYPE.get(device.type, torch.float32)
+        loaded = getattr(transformers, kind).from_pretrained(source, **options)
+    for p in loaded.parameters() if device else ():  # DeBERTa's q_bias and v_bias load as float32
+        p.data = p.data.to(options["dtype"])  # not loaded.to(dtype): LLaVA's rotary buffers must stay float32
+    return loaded.requires_grad_(False).to(device) if device else loaded
+
+
+# ----------------------------------------------------------------------------------------- functions in files
+LOADED = {}  # folder: when its files had been changed when one of them was imported
+
+
+def load_function(spec):
+    """The function that `path/to/file.py:function` names. Raises BadInput.
+
+    Its file is imported once, and again if it or a file beside it has been changed since.
+    """
+    path, _, name = spec.rpartition(":")
+    file = Path(path).resolve()
+    require(file.is_file(), f"there is no file {path}: give path/to/file.py:function")
+    changed = {neighbour: neighbour.stat().st_mtime_ns for neighbour in file.parent.glob("*.py")}
+    if LOADED.setdefault(file.parent, changed) != changed:
+        forget(file.parent)
+    LOADED[file.parent] = changed
+    module = str(file)  # a name that no other module has
+    if module not in sys.modules:
+        with explained(f"the file {path} does not load"):
+            sys.path.append(str(file.parent))  # so that it can import its neighbours
+            spec = importlib.util.spec_from_file_location(module, file)
+            sys.modules[module] = importlib.util.module_from_spec(spec)  # dataclasses look there
+            try:
+                with contextlib.redirect_stderr(io.StringIO()):  # hides "usage: ..."
+                    spec.loader.exec_module(sys.modules[module])
+                require_own_neighbours(file)
+            except BaseException:
+                del sys.modules[module]
+                raise
+    function = getattr(sys.modules[module], name, None)
+    require(callable(function), f"{path} has no function {name!r}")
+    return function
+
+
+def forget(folder):
+    """Forget the modules that were imported from a folder's files, except the program itself."""
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None) or "."
+        if Path(file).parent == folder and name not in ("rlcm", "rewards", "__main__"):
+            del sys.modules[name]
+
+
+def require_own_neighbours(file):
+    """Raise BadInput if a newly imported file got another module in place of its neighbour."""
+    for neighbour in [*file.parent.glob("*.py"), *file.parent.glob("*/__init__.py")]:
+        name = neighbour.parent.name if neighbour.stem == "__init__" else neighbour.stem
+        module = sys.modules.get(name)
+        imports = rf"^\s*(from\s+|import\s+(.*,\s*)?){name}\b"
+        if module and re.search(imports, file.read_text(encoding="utf-8"), re.MULTILINE):
+            own = Path(module.__file__).resolve() == neighbour
+            require(own, f"{file} imports {name} but gets {module.__file__}: rename one")
+
+
+# ----------------------------------------------------------------------------------------------------- errors
+class BadInput(ValueError):
+    """The user's input is wrong; the message is one line that says what is wrong and what to do about it."""
+
+
+def require(ok, message):
+    """Raises BadInput(message) unless ok."""
+    if not ok:
+        raise BadInput(message)
+
+
+def one_line(e):
+    """An exception's type and message."""
+    return f"{type(e).__name__}: {' '.join(str(e).partition(chr(27))[0].split())[:160]}"  # no colour codes
+
+
+@contextlib.contextmanager
+def explained(what):
+    """Run other people's code: any exception becomes a BadInput that says `what`, with the cause in brackets.
+
+    PyTorch's grad mode, default dtype and default device are restored afterwards.
+    """
+    grad = torch.is_grad_enabled()
+    dtype = torch.get_default_dtype()
+    device = torch.get_default_device()
+    try:
+        yield
+    except (BadInput, torch.OutOfMemoryError):
+        raise
+    except (Exception, SystemExit) as e:
+        raise BadInput(f"{what} ({one_line(e)})") from e
+    finally:
+        torch.set_grad_enabled(grad)
+        torch.set_default_dtype(dtype)
+        if torch.get_default_device() != device:
+            torch.set_default_device(device)

@@ -12,14 +12,14 @@ THE IDEA
 A consistency model samples an image in a few steps: each step predicts the clean image, then re-noises it
 with less noise. So every latent on the way is drawn from a Gaussian whose mean is the network's output, and
 its log-probability has a closed form. A reward scores the finished image, and steps that led to above-average
-images for their prompt become more likely. A diffusion model and a reverse-time SDE take the same kind of
-step. They keep some of the noise that they see, and that is all that differs, so one loop trains all three.
+images for their prompt become more likely. Diffusion models and reverse-time SDEs take the same kind of step,
+but they keep some of the noise that they see. Nothing else differs, so one loop trains all three.
 
 THE OBJECTIVE
 Sampling is a Markov decision process: the state is (x_k, t_k, c), the action is the next latent x_{k+1}, and
-the reward is given at the final step. A latent is a mixture, signal * clean latent + noise * z, z ~ N(0, I),
-with less noise from step to step. A step predicts the clean latent, pred_x0, and with it the noise eps in
-x_k. It keeps part of eps and draws a share `new` of the next level's noise anew (a prime: the next level):
+the reward comes at the end. A latent is a mixture, signal * clean latent + noise * z with z ~ N(0, I). A step
+predicts the clean latent, pred_x0, and with it the noise eps in x_k. It keeps part of eps and draws a share
+`new` of the next level's noise anew (a prime: the next level):
 
     x_{k+1} ~ N( signal' pred_x0 + sqrt(1 - new) noise' eps,  new noise'^2 I )                     policy
     eps = (x_k - signal pred_x0) / noise
@@ -33,38 +33,41 @@ x_k. It keeps part of eps and draws a share `new` of the next level's noise anew
     grad J   ~ E[ sum_k A grad log p_theta(x_{k+1} | x_k, c) ]              log_prob, policy_loss
     A        = (r - mean r) / std r, per prompt                             advantages
 
-A step that adds no noise has no density: it is not an action, and the sums over k leave it out. Therefore
-grad J is not an equality. Such a last step depends on theta as well, but its derivative would take a reward
-that can be differentiated (examples/differentiable.py), so it is dropped, as in the papers. And dividing by
-each prompt's std reweights the prompts, while mean r includes rewards of slightly older policies.
+A step that adds no noise has no density: it is not an action, and the sums over k leave it out. So grad J is
+not an equality: such a last step depends on theta, too, but its derivative is dropped, as in RLCM. It would
+take a reward that can be differentiated (examples/differentiable.py). Dividing by each prompt's std reweights
+the prompts, and mean r includes rewards of slightly older policies.
 
-That is RLCM and DDPO. Scores as Actions adds a KL penalty towards the pretrained model (--kl lambda), with r
-measured in standard deviations of its prompt's rewards, as A is:
+Scores as Actions adds a KL penalty towards the pretrained model (--kl lambda), with r in the units of A:
 
     J(theta) = E[ r - lambda sum_k KL_k ]                                   path_kl
     KL_k     = |mean_theta - mean_ref|^2 / (2 std_k^2)                      gaussian_kl
     grad J   ~ E[ sum_k A_k grad log p_theta - lambda sum_k grad KL_k ]     train
     A_k      = A - lambda (G_k - mean G_k),  G_k = sum_{j>k} KL_j           G_k is the KL-to-go
 
-mean G_k is that of the batch. KL_k is not in A_k: it depends on the state x_k, not on the action drawn there,
-so its gradient is taken directly. The action is only charged for the KL of the later steps, whose states it
-changes.
+mean G_k is that of the batch. KL_k is not in A_k: it depends on x_k, not on the action drawn there, so its
+gradient is taken directly. An action is only charged for the KL of later steps, whose states it changes.
 
 IN NUMBERS
     rlcm, 4 steps of tiny/lcm                          ddpo, 5 steps of tiny/sd
-@TABLE@
-Four images of one prompt with rewards -2.9, -2.6, -2.5 and -2.0 have mean -2.5 and std 0.324, so their
-advantages are -1.23, -0.31, 0.00 and 1.54.
+    k    t  signal  noise    new  std added            k    t  signal  noise    new  std added
+    0  999   0.068  0.998  1.000  0.974                0  999   0.068  0.998  0.879  0.920
+    1  759   0.229  0.974  1.000  0.850                1  799   0.193  0.981  0.800  0.819
+    2  499   0.527  0.850  1.000  0.584                2  599   0.402  0.916  0.740  0.652
+    3  259   0.812  0.584  1.000  0.000, no action     3  399   0.653  0.758  0.759  0.431
+                                                       4  199   0.869  0.495  1.000  0.000, no action
+
+Rewards -2.9, -2.6, -2.5, -2.0 of one prompt (mean -2.5, std 0.324) give A = -1.23, -0.31, 0.00, 1.54.
 
 GLOSSARY      shape           meaning; symbol in the papers
     B, H, D                   images in a batch; steps (network evaluations); elements of a latent
     x         (B, C, h, w)    latent before step k; x_0 is noise, x_H is decoded (the papers count down)
     k                         index of the step, an int
     c                         encoded prompts: whatever model.encode returns
-    s                         schedule: s.t (H,) timestep of each step (tau_n in RLCM); s.signal, s.noise (H,)
-                              level before the step, s.signal_next, s.noise_next (H,) after it; s.new (H,) share
-                              of the noise that is drawn anew; s.c_skip, s.c_out (H,) 0 and 1 but for an LCM;
-                              s.start: std of x_0; s.actions: list of the steps that add noise
+    s                         schedule. Tensors (H,): s.t, timestep of each step (tau_n in RLCM); s.signal and
+                              s.noise before it; s.signal_next and s.noise_next after it; s.new, share of the
+                              noise drawn anew; s.c_skip and s.c_out, 0 and 1 but for an LCM. And s.start, std
+                              of x_0; s.actions, list of the steps that add noise
     denoise   a function      denoise(x, k, c, s) -> pred_x0: the network
     pred_x0   (B, C, h, w)    predicted clean latent; x_0 hat in the papers
     eps       (B, C, h, w)    the noise in x that pred_x0 implies
@@ -74,8 +77,8 @@ GLOSSARY      shape           meaning; symbol in the papers
 
 PAPERS on arXiv: RLCM 2404.03673, RL for Consistency Models. LCM 2310.04378, Latent Consistency Models.
     DDPO 2305.13301, Training Diffusion Models with Reinforcement Learning. DDIM 2010.02502. PPO 1707.06347.
-    SaA 2409.08400 and 2502.01819, Scores as Actions. Differences from the official code: docs/papers.md.
-    OFFICIAL CODE, as named below: Owen-Oertell/rlcm, b8330ed; kvablack/ddpo-pytorch, 1958463.
+    SaA 2409.08400, Scores as Actions, and 2502.01819. Differences from the official code: docs/papers.md.
+    "Official" names functions of Owen-Oertell/rlcm (b8330ed), then of kvablack/ddpo-pytorch (1958463).
 NOT HERE: full fine-tuning, fp16, value functions. What goes beyond the papers: examples/.
 """
 import contextlib
@@ -90,7 +93,6 @@ import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import packages_distributions
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -99,27 +101,27 @@ import numpy as np
 import safetensors.torch
 import torch
 import transformers
+from huggingface_hub.dataclasses import strict
 from huggingface_hub.utils import enable_progress_bars
 from matplotlib.figure import Figure
 from PIL import ImageDraw, ImageOps
 from tqdm import tqdm
 
 import rewards
-from rewards import PROMPTS, BadInput, explained, get_prompts, get_reward, load_function, require, to_pil
+from rewards import BadInput, explained, get_prompts, get_reward, load_function, require, to_pil
 
-# diffusers, peft and accelerate are imported where they are used: here they would double the time that
-# `import rlcm` takes, for those who want the METHOD part only.
+# diffusers, peft and accelerate are imported where they are used, or `import rlcm` would take twice as long.
 
 # ================================================== METHOD ==================================================
 # Everything from here to CONFIG needs only torch, numpy, math and SimpleNamespace, so it can be copied.
 
 
 def policy(denoise, x, k, c, s):
-    """The Gaussian of x_{k+1} when x_k = x. Returns its mean, (B, C, h, w), and its std, a scalar.
+    """The Gaussian of x_{k+1} when x_k = x. Returns its mean (B, C, h, w) and its std, a scalar.
 
-    Official code: LCMScheduler.step of rlcm; ddim_step_with_logprob of ddpo-pytorch.
+    Official: LCMScheduler.step; ddim_step_with_logprob.
     """
-    pred_x0 = denoise(x, k, c, s)
+    pred_x0 = denoise(x, k, c, s).float()
     eps = (x - s.signal[k] * pred_x0) / s.noise[k]
     f = s.c_skip[k] * x + s.c_out[k] * pred_x0  # consistency function f_theta (LCM, eq. 9); else pred_x0
     kept = (1 - s.new[k]).sqrt() * s.noise_next[k]
@@ -127,7 +129,7 @@ def policy(denoise, x, k, c, s):
     return s.signal_next[k] * f + kept * eps, std
 
 
-# The same in each paper's words. In diffusion signal = sqrt(ab) and noise = sqrt(1 - ab), with ab = alpha-bar:
+# The same in each paper's words, where signal = sqrt(ab) and noise = sqrt(1 - ab), with ab = alpha-bar:
 #
 #   RLCM, section 4 (nothing kept)       mean  sqrt(ab') f_theta(x, t),  std  sqrt(1 - ab')
 #   DDPO: DDIM, eq. 12                   mean  sqrt(ab') pred_x0 + sqrt(1 - ab' - std^2) eps
@@ -143,12 +145,13 @@ def rlcm_schedule(scheduler, cfg):
     t = scheduler.timesteps
     alpha_bar = scheduler.alphas_cumprod[t]
     alpha_bar_next = torch.cat([alpha_bar[1:], torch.ones(1)])
+    new = torch.ones(len(t))
     c_skip, c_out = scheduler.get_scalings_for_boundary_condition_discrete(t)  # LCM, appendix
-    return make_schedule(t, level(alpha_bar), level(alpha_bar_next), torch.ones(len(t)), c_skip=c_skip, c_out=c_out)
+    return make_schedule(t, level(alpha_bar), level(alpha_bar_next), new, c_skip=c_skip, c_out=c_out)
 
 
 def ddpo_schedule(scheduler, cfg):
-    """Schedule of cfg.steps from a DDIMScheduler with eta = 1. Its last step adds noise unless alpha-bar ends at 1."""
+    """Schedule of cfg.steps from a DDIMScheduler with eta = 1. Its last step adds noise if DDIM's does."""
     scheduler.set_timesteps(cfg.steps)
     t = scheduler.timesteps
     t_next = t - scheduler.config.num_train_timesteps // cfg.steps  # as in DDIMScheduler.step
@@ -159,13 +162,12 @@ def ddpo_schedule(scheduler, cfg):
 
 
 def score_schedule(scheduler, cfg):
-    """Continuous time: the model's log alpha-bar, interpolated linearly between its timesteps.
+    """Continuous time: the SDE dX = -1/2 beta X dt + sqrt(beta) dB of the model's betas.
 
-    The forward SDE dX = -1/2 beta X dt + sqrt(beta) dB has alpha_bar(t) = exp(-integral of beta up to t).
-    Steps are evenly spaced in the square root of that integral, so they are small near the data. The last
-    one reaches the data without noise: H - 1 actions.
+    It has alpha_bar(t) = exp(-integral of beta up to t). The levels are even in the square root of that
+    integral, so steps are small near the data. The last one reaches them without noise: H - 1 actions.
     """
-    integral = -scheduler.alphas_cumprod.double().log()  # at t = 0 .. 999
+    integral = -scheduler.alphas_cumprod.double().log()  # up to t = 0 .. 999; linear in between
     smallest = max(1 / cfg.steps, (integral[0] / integral[-1]).sqrt().item())
     grid = integral[-1] * torch.linspace(1, smallest, cfg.steps).double() ** 2
     t = torch.from_numpy(np.interp(grid, integral, range(len(integral)))).float()
@@ -174,7 +176,7 @@ def score_schedule(scheduler, cfg):
 
 
 def level(alpha_bar):
-    """Signal and noise of a variance-preserving process, each (H,), from the signal's share of the variance."""
+    """Signal and noise, each (H,), from alpha_bar (H,), the signal's share of the variance."""
     alpha_bar = alpha_bar.double()
     return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
@@ -182,8 +184,7 @@ def level(alpha_bar):
 def make_schedule(t, level, level_next, new=None, **others):
     """The glossary's s from timesteps (H,) and two levels, each a pair (signal, noise) of tensors (H,).
 
-    Without `new`, the share is what the reverse-time SDE adds: DDIM with eta = 1, which is Euler-ancestral.
-    `others` may have start, c_skip and c_out.
+    Without `new`, it is that of DDIM with eta = 1, which is Euler-ancestral. Others: start, c_skip and c_out.
     """
     signal, noise = level
     signal_next, noise_next = level_next
@@ -201,36 +202,39 @@ def make_schedule(t, level, level_next, new=None, **others):
 
 
 # A new sampler is one entry here. `scheduler` is the diffusers class that people sample with: a model with
-# another one is converted to it with `options`, or refused if that is None. When a run starts, the steps of
-# the method `checked_as` are compared with that scheduler's step(**step_options): score has levels of its own,
-# so ddpo's stand for it. `tiny` is the embedded model to train.
-LCM = dict(scheduler="LCMScheduler", options=None, step_options={}, tiny="tiny/lcm")
-DDIM = dict(scheduler="DDIMScheduler", options={"clip_sample": False}, step_options={"eta": 1.0}, tiny="tiny/sd")
+# another one is converted to it with `options`, or refused if there are none. When a run starts, the steps of
+# `checked_as` are compared with the scheduler's step(**step_options): score's levels are its own, so ddpo's
+# stand for them. `tiny` is the embedded model to train.
 METHODS = {
-    "rlcm": SimpleNamespace(schedule=rlcm_schedule, checked_as="rlcm", **LCM),
-    "ddpo": SimpleNamespace(schedule=ddpo_schedule, checked_as="ddpo", **DDIM),
-    "score": SimpleNamespace(schedule=score_schedule, checked_as="ddpo", **DDIM),
-}
+    "rlcm": SimpleNamespace(
+        schedule=rlcm_schedule, scheduler="LCMScheduler", options={}, step_options={}, checked_as="rlcm",
+        tiny="tiny/lcm",
+    ),
+    "ddpo": SimpleNamespace(
+        schedule=ddpo_schedule, scheduler="DDIMScheduler", options={"clip_sample": False},
+        step_options={"eta": 1.0}, checked_as="ddpo", tiny="tiny/sd",
+    ),
+}  # fmt: skip
+METHODS["score"] = SimpleNamespace(**vars(METHODS["ddpo"]) | {"schedule": score_schedule})
 
 
 # ---- Log-prob, KL, rollout, advantages and loss
 def log_prob(x_next, mean, std):
-    """log N(x_next; mean, std^2 I) averaged over the D elements of a latent.
+    """log N(x_next; mean, std^2 I), averaged over the D elements of a latent.
 
-    x_next, mean: (B, C, h, w); std: scalar; returns (B,). It is averaged, not summed, as in the official code
-    (LCMScheduler.step, ddim_step_with_logprob). That makes log-ratios D times smaller, so the clip range is
-    scaled by 1/D as well: 1e-4 is 1.6 on the summed log-ratio of a 4 x 64 x 64 latent (D = 16,384), and 0.077
-    on tiny's (D = 768).
+    x_next and mean are (B, C, h, w), std is a scalar; returns (B,), in float32 whatever it is given. The
+    official code averages, too, so the clip range is smaller than usual: 1e-4 is 1.6 on the summed log-ratio
+    of a 4 x 64 x 64 latent (D = 16,384), and 0.077 on tiny's (D = 768). Official: as for `policy`.
     """
-    log_p = -((x_next - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
+    log_p = -((x_next.float() - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
     return log_p.mean((1, 2, 3))
 
 
 def gaussian_kl(mean, mean_ref, std):
     """KL( N(mean, std^2 I) || N(mean_ref, std^2 I) ) in nats, summed over the D elements of a latent.
 
-    mean, mean_ref: (B, C, h, w); std: scalar; returns (B,). In small steps it is Girsanov's
-    1/2 beta dt |a_theta - a_ref|^2 (SaA, section 3).
+    mean and mean_ref are (B, C, h, w), std is a scalar; returns (B,). With the score a as the action and in
+    small steps, it is 1/2 beta dt |a_theta - a_ref|^2 (Girsanov's theorem). Few steps are not small.
     """
     return ((mean - mean_ref) ** 2).sum((1, 2, 3)) / (2 * std**2)
 
@@ -239,8 +243,8 @@ def gaussian_kl(mean, mean_ref, std):
 def rollout(denoise, s, c, z):
     """Sample B trajectories with z (H+1, B, C, h, w), standard normal: for x_0, then for each step.
 
-    Returns two lists of (B, C, h, w), H + 1 latents x and H means, and log_p, a dict: action k -> (B,).
-    Official code: LatentConsistencyModelPipeline.__call__ of rlcm; pipeline_with_logprob of ddpo-pytorch.
+    Returns lists of H + 1 latents x and H means, (B, C, h, w) each, and log_p, a dict: action k -> (B,).
+    Official: LatentConsistencyModelPipeline.__call__, pipeline_with_logprob.
     """
     x = [s.start * z[0]]
     means = []
@@ -258,8 +262,7 @@ def rollout(denoise, s, c, z):
 def path_kl(denoise_ref, s, c, x, means):
     """KL_k along a rollout's x and means. Returns mean_ref, a dict: action k -> (B, C, h, w), and kl (B, H).
 
-    The expected sum of KL_k bounds the KL of the latents after the last action (SaA, section 3), which are
-    the finished ones if every step is an action. The official code has none.
+    The expected sum of KL_k bounds the KL of the latents after the last action.
     """
     mean_ref = {}
     kl = x[0].new_zeros(len(x[0]), len(means))
@@ -270,13 +273,13 @@ def path_kl(denoise_ref, s, c, x, means):
 
 
 def advantages(r, prompts, history, buffer_size, min_count, adv_clip):
-    """Rewards standardised per prompt (RLCM, section 4; DDPO, appendix): r (B,), B strings -> A (B,).
+    """Rewards standardised per prompt (RLCM, section 4; DDPO, D.3): r (B,), B strings -> A (B,).
 
-    `history` maps a prompt to a list of its latest rewards and is updated in place. It holds buffer_size of
-    them, or every reward in this batch if that is more. Until a prompt has min_count rewards, the mean and
-    std of the whole batch are used. Official code: PerPromptStatTracker.update, in both.
+    `history`, prompt -> list of its latest rewards, is updated in place. It holds buffer_size of them, or all
+    in this batch if that is more. Prompts with fewer than min_count use the mean and std of the batch.
+    Official: PerPromptStatTracker.update.
     """
-    r = r.double()  # otherwise integer rewards would truncate A
+    r = r.double().view(len(prompts))  # otherwise integers would truncate A, and (B, 1) would make it (B, B)
     A = torch.zeros_like(r)
     for prompt in dict.fromkeys(prompts):
         i = [n for n, other in enumerate(prompts) if other == prompt]
@@ -291,10 +294,9 @@ def advantages(r, prompts, history, buffer_size, min_count, adv_clip):
 
 
 def policy_loss(log_p, log_p_old, A, algo="ppo", clip_range=1e-4):
-    """Loss and ratio of n actions. log_p, log_p_old, A, loss and ratio are all (n,).
+    """Loss and ratio of n actions, all (n,). Official: inside ppo_training_loop, and inside main of train.py.
 
     With one optimizer step per rollout the ratio is 1, nothing is clipped, and PPO's gradient is REINFORCE's.
-    Official code: part of ppo_training_loop of rlcm and of main in ddpo-pytorch's train.py.
     """
     ratio = (log_p - log_p_old).exp()
     if algo == "reinforce":
@@ -308,15 +310,19 @@ def flag(default, meaning):
     return field(default=default, metadata={"help": meaning})
 
 
+@strict
 @dataclass
 class Config:
-    """Settings of a run; the flags are generated from them. The defaults train rlcm on the embedded model."""
+    """Settings of a run, whose types are checked. The defaults train rlcm on the embedded model.
+
+    The command line's flags are generated from it.
+    """
 
     reward: str = flag("compress", rewards.HELP)
-    method: Literal[tuple(METHODS)] = flag("rlcm", "consistency model, diffusion model, reverse SDE")
+    method: str = flag("rlcm", f"{', '.join(METHODS)}: consistency model, diffusion model, reverse SDE")
     algo: Literal["ppo", "reinforce"] = flag("ppo", "PPO's clipped ratio, or plain REINFORCE")
     model: str = flag("tiny", "tiny, a diffusers pipeline (folder or hub id), or path/to/file.py:function")
-    prompts: str = flag("animals", f"{', '.join(PROMPTS)}, a text file of prompts, or a quoted prompt")
+    prompts: str = flag("animals", f"{', '.join(rewards.PROMPTS)}, a text file, or a quoted prompt")
     resolution: int = flag(64, "height and width of the images in pixels")
     steps: int = flag(4, "H, network evaluations per image")
     epochs: int = flag(27, "number of rollouts")
@@ -342,8 +348,7 @@ class Config:
     out: str = flag("", "folder of the run; default runs/METHOD-REWARD-SEED-TIME-PID")
 
 
-TINY = {  # settings for the embedded model, chosen on seeds 0 to 2: docs/results.md
-    "rlcm": {},  # Config's defaults
+TINY = {  # settings for the embedded model, chosen on seeds 0 to 2 (docs/results.md); rlcm's are the defaults
     "ddpo": dict(steps=5, epochs=24, lr=1.5e-3, guidance_scale=3.0, lora_rank=4, lora_alpha=4),
     "score": dict(steps=6, epochs=26, lr=2.5e-3, guidance_scale=3.0),
 }
@@ -352,28 +357,28 @@ FULL = {  # for other pipelines: the papers' settings for compress, the batches 
     "rlcm": dict(epochs=1000, batch_size=16, lr=1e-4, guidance_scale=8.0, lora_alpha=32),
     # ddpo-pytorch's config/dgx.py
     "ddpo": dict(
-        steps=50, epochs=100, batch_size=256, updates=4, lr=3e-4, guidance_scale=5.0, lora_rank=4, lora_alpha=4,
-        adv_clip=5.0, max_grad_norm=1.0,
+        steps=50, epochs=100, batch_size=256, updates=4, lr=3e-4,
+        guidance_scale=5.0, lora_rank=4, lora_alpha=4, adv_clip=5.0, max_grad_norm=1.0,
     ),
 }  # fmt: skip
 FULL["score"] = FULL["ddpo"]  # its authors' settings are for one prompt and a reward that is not built in
 SIZE = dict(precision="bf16", resolution=512, micro_batch=4, buffer_size=16, min_count=16, save_every=10)
 
 
-def preset(method="rlcm", model="tiny"):
-    """Settings for Config(**...), a dict. Raises BadInput for a model file that does not load.
+def preset(method=None, model="tiny"):
+    """Settings for Config(**...), a dict: those of the model file's function, if it has `settings`.
 
-    A model of your own starts from Config's defaults and, if its function has one, the dict `settings`.
+    They may name the method, too. Raises BadInput for a file that does not load.
     """
     if ".py:" in model:
         settings = getattr(load_function(model), "settings", {})
-    elif model == "tiny":
-        settings = TINY.get(method, {})
     else:
-        settings = SIZE | FULL.get(method, {})
-    if not torch.cuda.is_available():
+        settings = TINY.get(method, {}) if model == "tiny" else SIZE | FULL[method or "rlcm"]
+    if method:
+        settings = settings | {"method": method}
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
         settings = settings | {"precision": "fp32"}
-    return settings | {"method": method, "model": model}
+    return settings | {"model": model}
 
 
 def check(cfg, processes=1):
@@ -381,17 +386,18 @@ def check(cfg, processes=1):
     for name, value in asdict(cfg).items():
         if type(value) in (int, float):
             zero = value == 0 and name in ("kl", "guidance_scale", "seed")
-            flag = f"--{name.replace('_', '-')} {value}"
-            require(zero or 0 < value < math.inf, f"{flag}: must be a positive number")
+            require(zero or 0 < value < math.inf, f"--{name.replace('_', '-')} {value}: must be positive")
+    require(cfg.method in METHODS, f"--method {cfg.method}: must be one of {', '.join(METHODS)}")
     for divisor in (processes * cfg.updates, cfg.group_size):
-        require(cfg.batch_size % divisor == 0, f"--batch-size {cfg.batch_size}: must be a multiple of {divisor}")
+        require(cfg.batch_size % divisor == 0, f"--batch-size must be a multiple of {divisor}")
     require(cfg.min_count <= cfg.buffer_size, "--min-count must be at most --buffer-size")
     require(cfg.algo != "reinforce" or cfg.updates == 1, "--algo reinforce has no ratio: --updates must be 1")
-    installed = not cfg.log_with or cfg.log_with in packages_distributions()
-    require(installed, f"--log-with {cfg.log_with}: first pip install {cfg.log_with}")
 
 
 # =================================================== MODEL ==================================================
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
 def load_model(cfg, device):
     """The model that cfg.model names, on a device. Raises BadInput."""
     from diffusers import DiffusionPipeline
@@ -399,21 +405,20 @@ def load_model(cfg, device):
         return load_function(cfg.model)(cfg, device)
     source = cfg.model
     if source == "tiny":
-        source = Path(__file__).resolve().parent / METHODS[cfg.method].tiny
+        source = f"{Path(__file__).parent}/{METHODS[cfg.method].tiny}"
     kind = DiffusionPipeline.load_config(source)["_class_name"]
-    kinds = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
-    require(kind in kinds, f"{source} is a {kind}: supported are {' and '.join(kinds)}; others in examples/")
-    dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
-    pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, safety_checker=None)
+    known = kind in ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
+    require(known, f"{source} is a {kind}, not a StableDiffusionPipeline or an LCM: see examples/")
+    pipe = DiffusionPipeline.from_pretrained(source, dtype=DTYPES[cfg.precision], safety_checker=None)
     return StableDiffusion(pipe.to(device), cfg)
 
 
 class DiffusersModel:
     """A LoRA on the network of a diffusers pipeline: what all families share.
 
-    `train` uses nothing but these members, so it trains any class that has them: --model file.py:function,
-    where function(cfg, device) returns one. function.settings, a dict, is laid between Config's defaults and
-    the flags. The file may import from rlcm: it gets the running module. docs/models.md has more.
+    `train` takes any class with these members: --model file.py:function, where function(cfg, device) returns
+    one. function.settings, a dict, is laid between Config's defaults and the flags. The file may import rlcm,
+    and gets the running module. docs/models.md has more.
 
         shape                   (C, h, w) of a latent
         device                  where latents, c and images are
@@ -425,13 +430,13 @@ class DiffusersModel:
         reference()             a context in which denoise is the pretrained network's; used with --kl
         save(folder)            writes the trained weights into a run's folder
 
-    A family names the `component` of its pipeline that is trained and its `lora_layers`, and defines set_up,
-    build_schedule, encode, predict and pred_x0.
+    A family of pipelines defines set_up, build_schedule, encode, predict and pred_x0.
     """
 
-    component = "unet"
+    component = "unet"  # of the pipeline, which is trained
     lora_layers = ["to_q", "to_k", "to_v", "to_out.0"]  # of every attention, as in both official codes
     patch = 1  # the height and width of a latent must be multiples of this
+    step_options = {}  # of the scheduler's step
     guided = False  # classifier-free guidance: c has two rows for each x, first all those without a prompt
 
     def __init__(self, pipe, cfg):
@@ -442,7 +447,11 @@ class DiffusersModel:
         self.cfg = cfg
         self.device = pipe.device
         self.network = getattr(pipe, self.component)
-        self.dtype = self.network.dtype
+        self.dtype = DTYPES[cfg.precision]
+        right = self.network.dtype == self.dtype
+        require(right, f"load the pipeline with dtype={self.dtype}, or change --precision")
+        lora = getattr(self.network, "peft_config", None)
+        require(not lora, "the pipeline has a LoRA: fuse_lora() and unload_lora_weights() first")
         self.set_up()
         unit = pipe.vae_scale_factor * self.patch
         require(cfg.resolution % unit == 0, f"--resolution {cfg.resolution}: must be a multiple of {unit}")
@@ -471,8 +480,7 @@ class DiffusersModel:
 
     def schedule(self, H):
         """Schedule for H steps. Raises BadInput unless the policy's steps equal the scheduler's own."""
-        method = METHODS[self.cfg.method]
-        s = self.build_schedule(method.checked_as, H)
+        s = self.build_schedule(METHODS[self.cfg.method].checked_as, H)
         scheduler = self.pipe.scheduler
         name = type(scheduler).__name__
         require(len(s.t) == H, f"the {name} gives {len(s.t)} timesteps for --steps {H}: choose another")
@@ -481,23 +489,28 @@ class DiffusersModel:
         x = s.start * z
         for k, t in enumerate(s.t):
             generator.manual_seed(k)
-            theirs = scheduler.step(output, t, x, generator=generator, **method.step_options).prev_sample
+            theirs = scheduler.step(output, t, x, generator=generator, **self.step_options).prev_sample
             mean, std = policy(lambda *_: self.pred_x0(output, x, k, s), x, k, None, s)
             ours = mean + std * torch.randn(x.shape, generator=generator.manual_seed(k))
             error = (ours - theirs).norm() / theirs.norm()
-            require(error < 1e-4, f"step {k + 1} of the {name} is not that of {self.cfg.method}: {error:.1%} off")
+            require(error < 1e-4, f"the {name}'s step {k + 1} is {error:.1%} off (nan: zero terminal SNR)")
         s = self.build_schedule(self.cfg.method, H)
         require(s.new.isfinite().all(), f"zero terminal SNR: not for --method {self.cfg.method}")
         return s
 
     def denoise(self, x, k, c, s):
         rows = torch.cat([x, x]) if self.guided else x  # without and with the prompt, in one pass
-        with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
+        # Weights are not cached, as they change between steps, and an autocast outside may span several.
+        with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32, False):
             output = self.predict(rows, s.t[k], c).float()
         if self.guided:
             uncond, cond = output.chunk(2)
             output = uncond + self.cfg.guidance_scale * (cond - uncond)
         return self.pred_x0(output, x, k, s)
+
+    def warn_if_longer(self, prompts, limit):
+        if max(map(len, self.pipe.tokenizer(prompts).input_ids)) > limit:
+            warnings.warn(f"some prompts have more than {limit} tokens: the rest is ignored")
 
     def decode(self, x):
         """Differentiable, if x requires gradients."""
@@ -518,9 +531,9 @@ class DiffusersModel:
         scale = self.cfg.lora_alpha / self.cfg.lora_rank
         weights = {}
         for name, p in self.trainable.items():
-            name = f"{self.component}.{name}".replace(".default", "")
+            name = f"{self.component}.{name}".replace(".default", "").replace("_orig_mod.", "")
             weights[name] = p * scale if "lora_B" in name else p
-        write(Path(folder) / LORA, safetensors.torch.save(weights))
+        write(f"{folder}/{LORA}", safetensors.torch.save(weights))
 
 
 class StableDiffusion(DiffusersModel):
@@ -529,18 +542,17 @@ class StableDiffusion(DiffusersModel):
     def set_up(self):
         """Set the method's scheduler, the guidance and the shape of a latent."""
         import diffusers
-        pipe = self.pipe
         method = METHODS[self.cfg.method]
-        config = pipe.scheduler.config
-        name = type(pipe.scheduler).__name__
-        usable = name == method.scheduler or (method.options is not None and "beta_schedule" in config)
+        scheduler = self.pipe.scheduler
+        name = type(scheduler).__name__
+        usable = name == method.scheduler or (method.options and "beta_schedule" in scheduler.config)
         require(usable, f"a {name} is not for --method {self.cfg.method}, which needs a {method.scheduler}")
-        pipe.scheduler = getattr(diffusers, method.scheduler).from_config(config, **(method.options or {}))
-        self.prediction = config.get("prediction_type", "epsilon")
+        scheduler = getattr(diffusers, method.scheduler).from_config(scheduler.config, **method.options)
+        self.pipe.scheduler = scheduler
+        self.step_options = method.step_options
+        self.prediction = scheduler.config.prediction_type
         self.patch = 2**self.network.num_upsamplers
-
-        limit = pipe.text_encoder.config.max_position_embeddings
-        pipe.tokenizer.model_max_length = min(limit, pipe.tokenizer.model_max_length)
+        self.pipe.tokenizer.model_max_length = self.pipe.text_encoder.config.max_position_embeddings
 
         # Classifier-free guidance with the empty prompt, unless the network takes the scale as an input.
         self.guided = not self.network.config.time_cond_proj_dim and self.cfg.guidance_scale > 1
@@ -551,9 +563,7 @@ class StableDiffusion(DiffusersModel):
     @torch.no_grad()
     def encode(self, prompts):
         """B strings -> inputs of the U-Net, with B rows, or 2B with classifier-free guidance."""
-        limit = self.pipe.tokenizer.model_max_length
-        if max(map(len, self.pipe.tokenizer(prompts).input_ids)) > limit:
-            warnings.warn(f"some prompts have more than {limit} tokens: the rest is ignored")
+        self.warn_if_longer(prompts, self.pipe.tokenizer.model_max_length)
         c, empty = self.pipe.encode_prompt(prompts, self.device, 1, self.guided)
         if self.guided:
             c = torch.cat([empty, c])
@@ -576,50 +586,50 @@ class StableDiffusion(DiffusersModel):
             return output
         if self.prediction == "v_prediction":
             return s.signal[k] * x - s.noise[k] * output
-        require(s.signal[k] > 0, "zero terminal SNR: only for a model that predicts v or the clean latent")
         return (x - s.noise[k] * output) / s.signal[k]
 
 
 @torch.no_grad()
 def generate(model, cfg, prompts):
-    """Images (B, 3, H, W) of B prompts; the noise of image i is that of torch.Generator().manual_seed(i).
-
-    In float32 a plain diffusers pipeline with the same generators draws the same images.
-    """
+    """Images (B, 3, H, W) of B prompts, in float32 those of a plain pipeline if image i has the seed i."""
     s = model.schedule(cfg.steps)
     images = []
     for i in torch.arange(len(prompts)).split(cfg.micro_batch):
         c = model.encode([prompts[n] for n in i])
         generators = [torch.Generator().manual_seed(n) for n in i.tolist()]
         z = [torch.randn(cfg.steps + 1, *model.shape, generator=generator) for generator in generators]
-        x, _, _ = rollout(model.denoise, s, c, torch.stack(z, 1).to(model.device))
+        x = rollout(model.denoise, s, c, torch.stack(z, 1).to(model.device))[0]
         images.append(model.decode(x[-1]))
     return torch.cat(images)
 
 
 # =================================================== TRAIN ==================================================
 def train(cfg, resume=False, on_epoch=None):
-    """Fine-tune with `cfg`; with resume, continue the run in cfg.out. Returns the run's folder.
+    """Fine-tune with `cfg`; with resume, continue the run in cfg.out. Returns its folder. Raises BadInput.
 
     This is Algorithm 1 of RLCM and, with another share of new noise, DDPO and Scores as Actions. Like RLCM's
-    code it steps the optimizer after the loop over t, where the paper's line 9 is inside it. In every
-    process, on_epoch(epoch, model, row) is called with epoch 0 and an empty row before the first epoch, then
-    after each epoch before its row is saved. It may add columns to the row. Raises BadInput.
+    code it steps the optimizer after the loop over t, where the paper's line 9 is inside it. Every process
+    calls on_epoch(0, model, {}) at the start and on_epoch(epoch, model, row), which may add to the row.
     """
     from accelerate import Accelerator
     from accelerate.utils import broadcast, listify
 
-    # Settings, reward and prompts.
-    out = Path(cfg.out or f"runs/{run_name(cfg)}")
+    # Settings, reward and prompts. The default folder's name has the reward without the path of its file.
+    reward_name = re.sub(r"[^,]*\.py:|[^\w.,]", "", cfg.reward)
+    when = time.strftime("%m%d-%H%M%S")
+    out = Path(cfg.out or f"runs/{cfg.method}-{reward_name}-{cfg.seed}-{when}-{os.getpid()}")
     cpu = not torch.cuda.is_available()
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no", log_with=cfg.log_with or None, project_dir=out)
+    accelerator = Accelerator(cpu=cpu, log_with=cfg.log_with or None, project_dir=out)
     check(cfg, accelerator.num_processes)
+    require(accelerator.log_with or not cfg.log_with, f"first pip install {cfg.log_with}, for --log-with")
     require(resume or not any(out.glob("*")), f"{out} is not empty: give another --out, or --resume {out}")
     B = cfg.batch_size
     reward = get_reward(cfg.reward, cfg.model)
-    prompts = get_prompts(str(out / "prompts.txt") if resume else cfg.prompts)
-    accelerator.print(f"{cfg.method} on {cfg.model}, device {accelerator.device}, folder {out}")
-    accelerator.print(f"reward {cfg.reward}; {len(prompts)} prompts, the first is {prompts[0]!r}")
+    prompts = get_prompts(f"{out}/prompts.txt" if resume else cfg.prompts)
+    accelerator.print(
+        f"{cfg.method} on {cfg.model}, device {accelerator.device}, folder {out}\n"
+        f"reward {cfg.reward}; {len(prompts)} prompts, the first is {prompts[0]!r}"
+    )
 
     # The model, its schedule and the optimizer. Every process starts from the first one's weights.
     kinds = "tiny, a diffusers pipeline (folder or hub id, no *.fp16.* files), or path/to/file.py:function"
@@ -630,14 +640,15 @@ def train(cfg, resume=False, on_epoch=None):
     parameters = list(model.trainable.values())
     broadcast([p.data for p in parameters])  # in place
     optimizer = torch.optim.Adam(parameters, cfg.lr)
-    rows = []
-    history = {}
-    if resume:
-        rows, history = resume_run(out, cfg, model, optimizer)
-    elif accelerator.is_main_process:
-        start_folder(out, cfg, model, reward, prompts)
+    rows, history = resume_run(out, cfg, model, optimizer) if resume else ([], {})
+    if accelerator.is_main_process and not resume:
+        with explained(f"{cfg.model} cannot draw the first images"):
+            sheet = draw_samples(model, cfg, reward, prompts)
+        os.makedirs(f"{out}/samples")  # fails if another run has made it
+        sheet.save(f"{out}/samples/epoch-0000.png")
+        write(f"{out}/prompts.txt", "\n".join(prompts).encode())
     with explained(f"--log-with {cfg.log_with} cannot start"):
-        accelerator.init_trackers("rlcm", asdict(cfg))
+        accelerator.init_trackers("rlcm", asdict(cfg), {"wandb": {"reinit": "finish_previous"}})
     if on_epoch and not resume:
         on_epoch(0, model, {})
 
@@ -645,9 +656,8 @@ def train(cfg, resume=False, on_epoch=None):
     local = torch.arange(B).view(cfg.updates, accelerator.num_processes, -1)[:, accelerator.process_index]
     actions_per_update = len(s.actions) * local.shape[1]
     seconds = rows[-1]["seconds"] if rows else 0
-    epochs = range(len(rows) + 1, cfg.epochs + 1)
-    bar = tqdm(epochs, unit="epoch", dynamic_ncols=True, disable=not accelerator.is_main_process)
-    for epoch in bar:
+    epochs = tqdm(range(len(rows) + 1, cfg.epochs + 1), "epochs", disable=not accelerator.is_main_process)
+    for epoch in epochs:
         # Prompts and noise depend on seed and epoch alone, so a resumed run draws the same again.
         began = time.time()
         generator = torch.Generator().manual_seed((cfg.seed + 1) * 1_000_003 + epoch)
@@ -655,10 +665,9 @@ def train(cfg, resume=False, on_epoch=None):
         batch = [prompts[n] for n in drawn.repeat_interleave(cfg.group_size)]
         z = torch.randn(cfg.steps + 1, B, *model.shape, generator=generator)
 
-        # 1. Rollout: the sampler is the policy, and the reward is given to the finished images. The images of
-        # a micro-batch go through the network together, here and in the update, so it is kept until then.
+        # 1. Rollout: the sampler is the policy. Each micro-batch is kept for the update.
         minibatches = []
-        components = torch.zeros(B, len(reward.names), device=model.device)  # of the reward, which is their sum
+        components = torch.zeros(B, len(reward.names), device=model.device)  # the reward is their sum
         kl = torch.zeros(B, cfg.steps, device=model.device)  # stays 0 without a penalty
         for part in local:
             minibatches.append([])
@@ -667,8 +676,7 @@ def train(cfg, resume=False, on_epoch=None):
                 with torch.no_grad():
                     c = model.encode(prompts_i)
                     x, means, log_p = rollout(model.denoise, s, c, z[:, i].to(model.device))
-                    images = model.decode(x[-1])
-                components[i] = reward.components(images, prompts_i)
+                    components[i] = reward.components(model.decode(x[-1]), prompts_i)
                 mean_ref = None
                 if cfg.kl > 0:
                     with model.reference():
@@ -676,8 +684,7 @@ def train(cfg, resume=False, on_epoch=None):
                 minibatches[-1].append((i, c, x, log_p, mean_ref))
 
         # 2. Advantage: how much better is an image than usual for its prompt, less lambda times the KL-to-go?
-        # Every process has filled the rows of its own images and left the others 0, so the sum has them all,
-        # and every process computes the advantages of the whole batch, from the same history of rewards.
+        # A process leaves the rows of the others 0, so the sum has all, and every process has the same A.
         components = accelerator.reduce(components, "sum")
         kl = accelerator.reduce(kl, "sum")
         r = components.sum(1)
@@ -686,9 +693,7 @@ def train(cfg, resume=False, on_epoch=None):
         A_k = A[:, None] - cfg.kl * (kl_to_go - kl_to_go.mean(0))
 
         # 3. Policy gradient: evaluate each action of the rollout again, now with gradients.
-        losses = []
         ratios = []
-        norms = []
         for minibatch in minibatches:
             for k in s.actions:
                 for i, c, x, log_p_old, mean_ref in minibatch:
@@ -698,47 +703,41 @@ def train(cfg, resume=False, on_epoch=None):
                     if cfg.kl > 0:  # lambda grad KL_k, averaged over D as the log-prob is
                         loss += cfg.kl * gaussian_kl(mean, mean_ref[k], std) / math.prod(model.shape)
                     (loss.sum() / actions_per_update).backward()
-                    losses.append(loss.detach())
                     ratios.append(ratio.detach())
             for p in parameters:
                 if p.grad is not None:
                     p.grad = accelerator.reduce(p.grad, "mean")
-            norms.append(accelerator.clip_grad_norm_(parameters, cfg.max_grad_norm))
-            require(norms[-1].isfinite(), f"epoch {epoch}: the gradient is not finite, lower --lr")
+            grad_norm = accelerator.clip_grad_norm_(parameters, cfg.max_grad_norm)
+            require(grad_norm.isfinite(), f"epoch {epoch}: the gradient is not finite, lower --lr")
             optimizer.step()
             optimizer.zero_grad()
 
         # 4. The row of metrics.csv. The ratio starts at exactly 1: in fp32 its drift is 0.
-        ratio = accelerator.gather(torch.cat(ratios)[None])  # (processes, actions)
-        drift = (ratio - 1).abs()
+        drift = (accelerator.gather(torch.cat(ratios)[None]) - 1).abs()  # (processes, actions)
         seconds += time.time() - began
-        row = {
+        row = listify({  # tensors to numbers
             "epoch": epoch,
             "seconds": seconds,  # of sampling, rewards and learning
             "images": epoch * B,  # rewarded so far
             "reward_mean": r.mean(),
             "reward_std": r.std(correction=0),
             "path_kl": kl.sum(1).mean(),  # nats along an image's path; 0 without a KL penalty
-            "loss": accelerator.gather(torch.cat(losses)).mean(),
-            "approx_kl": (drift**2).mean() / 2,  # KL(rollout's policy, updated one) / D^2
             "clip_fraction": (drift > cfg.clip_range).float().mean(),  # PPO clips one side only, by A's sign
             "ratio_drift": drift[:, :actions_per_update].max(),  # before the first optimizer step
-            "grad_norm": torch.stack(norms).mean(),  # before clipping
+            "grad_norm": grad_norm,  # of the last optimizer step, before clipping
             **dict(zip(reward.names, components.mean(0))),
-            "gpu_gb": torch.cuda.max_memory_allocated() / 1e9,  # peak so far
-        }
-        row = listify(row)  # tensors to numbers
+        })
         if on_epoch:
             on_epoch(epoch, model, row)
-        rows.append(row)
+        rows.append(listify(row))  # again, for what on_epoch has added
         accelerator.log(row, epoch)
-        bar.set_postfix(reward=f"{row['reward_mean']:.3f}")
+        epochs.set_postfix(reward=f"{row['reward_mean']:.3f}")
 
         # 5. Save. The checkpoint comes last: after a kill, --resume repeats the epoch that was not finished.
         if accelerator.is_main_process:
             if epoch % cfg.save_every == 0 or epoch == cfg.epochs:
                 sheet = draw_samples(model, cfg, reward, prompts)
-                sheet.save(out / f"samples/epoch-{epoch:04d}.png")
+                sheet.save(f"{out}/samples/epoch-{epoch:04d}.png")
                 for tracker in accelerator.trackers:
                     layout = {"dataformats": "NHWC"} if cfg.log_with == "tensorboard" else {}
                     tracker.log_images({"samples": np.asarray(sheet)[None]}, epoch, **layout)
@@ -746,9 +745,11 @@ def train(cfg, resume=False, on_epoch=None):
 
     accelerator.end_training()
     lora = f' and the LoRA: pipe.load_lora_weights("{out}")' if (out / LORA).exists() else ""
-    accelerator.print(f"reward {rows[0]['reward_mean']:.3f} -> {row['reward_mean']:.3f}, {seconds:.0f} s")
-    accelerator.print(f"train longer: python rlcm.py --resume {shlex.quote(str(out))} --epochs {2 * cfg.epochs}")
-    accelerator.print(f"{out} has samples/, reward.png, metrics.csv{lora}")
+    accelerator.print(
+        f"reward {rows[0]['reward_mean']:.3f} -> {row['reward_mean']:.3f}, {seconds:.0f} s\n"
+        f"train longer: python rlcm.py --resume {shlex.quote(str(out))} --epochs {2 * cfg.epochs}\n"
+        f"{out} has samples/, reward.png, metrics.csv{lora}"
+    )
     return out
 
 
@@ -757,33 +758,19 @@ LORA = "pytorch_lora_weights.safetensors"
 
 
 def write(path, data):
-    """Write bytes to a file atomically: a kill leaves the old file or the new one.
-
-    Images are written directly: a resumed run draws them again.
-    """
+    """Write bytes to a file atomically: a kill leaves the old file or the new one."""
     part = Path(f"{path}.part")
     part.write_bytes(data)
     part.replace(path)
 
 
-def run_name(cfg):
-    """METHOD-REWARD-SEED-TIME-PID, the reward without the path of its file."""
-    reward = re.sub(r"[^,]*\.py:", "", cfg.reward)
-    name = re.sub(r"[^a-zA-Z0-9.]+", "-", f"{cfg.method}-{reward}")[:100]
-    return f"{name}-{cfg.seed}-{time.strftime('%m%d-%H%M%S')}-{os.getpid()}"
-
-
-def start_folder(out, cfg, model, reward, prompts):
-    """A new run's folder, with a sample grid of the pretrained model, prompts.txt and config.json.
-
-    Nothing is written before the images have been rewarded. Two runs never share a folder.
-    """
-    with explained(f"{cfg.model} cannot draw the first images"):
-        sheet = draw_samples(model, cfg, reward, prompts)
-    (out / "samples").mkdir(parents=True)
-    sheet.save(out / "samples/epoch-0000.png")
-    write(out / "prompts.txt", "\n".join(prompts).encode())
-    write(out / "config.json", json.dumps(asdict(cfg), indent=1).encode())
+def write_rows(rows, path):
+    """Write dicts to a csv file. Columns that some of them lack are empty there."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write(path, text.getvalue().encode())
 
 
 def draw_samples(model, cfg, reward, prompts):
@@ -808,32 +795,31 @@ def sample_grid(images, captions, columns=8):
 
 def save_epoch(out, cfg, model, optimizer, rows, history):
     """config.json, metrics.csv, reward.png, the LoRA, and last the checkpoint that --resume starts from."""
-    write(out / "config.json", json.dumps(asdict(cfg), indent=1).encode())
-
-    # A row per epoch. Columns that some rows lack are empty there.
-    text = io.StringIO()
-    table = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    write(out / "metrics.csv", text.getvalue().encode())
-
+    write(f"{out}/config.json", json.dumps(asdict(cfg), indent=1).encode())
+    write_rows(rows, f"{out}/metrics.csv")
     axis = Figure(layout="constrained").subplots()
     axis.plot(range(1, len(rows) + 1), [row["reward_mean"] for row in rows])
     axis.set_xlabel("epoch")
     axis.set_ylabel(f"reward: {cfg.reward}", parse_math=False)
-    axis.figure.savefig(out / "reward.png")
+    axis.figure.savefig(f"{out}/reward.png")
 
     model.save(out)
-    state = dict(config=asdict(cfg), rows=rows, history=history, optimizer=optimizer.state_dict())
+    state = dict(
+        config=asdict(cfg),
+        rows=rows,
+        history=history,
+        trainable=model.trainable,
+        optimizer=optimizer.state_dict(),
+    )
     buffer = io.BytesIO()
-    torch.save(state | {"trainable": model.trainable}, buffer)
-    write(out / "checkpoint.pt", buffer.getvalue())
+    torch.save(state, buffer)
+    write(f"{out}/checkpoint.pt", buffer.getvalue())
 
 
 def load_checkpoint(out, model):
     """Load a run's checkpoint into the model. Returns the checkpoint, a dict. Raises BadInput."""
     with explained(f"{out} has no checkpoint of this model and LoRA: start a new run in another folder"):
-        state = torch.load(Path(out) / "checkpoint.pt", map_location="cpu", weights_only=True)
+        state = torch.load(f"{out}/checkpoint.pt", map_location="cpu", weights_only=True)
         for name, p in model.trainable.items():
             p.data.copy_(state["trainable"][name].view_as(p))  # fails if the shapes differ
     return state
@@ -842,24 +828,18 @@ def load_checkpoint(out, model):
 def resume_run(out, cfg, model, optimizer):
     """Load the checkpoint into model and optimizer. Returns its rows and history. Raises BadInput."""
     state = load_checkpoint(out, model)
-    with explained(f"{out} has a damaged checkpoint: start a new run in another folder"):
-        optimizer.load_state_dict(state["optimizer"])
-        old = asdict(Config(**state["config"]))
-        epochs = len(state["rows"])
-        history = state["history"]
-    new = asdict(cfg) | {"epochs": old["epochs"], "out": old["out"]}
-    changed = [f"{name} {old[name]}, not {new[name]}" for name in new if new[name] != old[name]]
-    require(not changed, f"with --resume only --epochs may change; {out} has {', '.join(changed)}")
-    require(epochs < cfg.epochs, f"{out} already has {epochs} epochs: give more --epochs")
-    return state["rows"], history
+    optimizer.load_state_dict(state["optimizer"])
+    old = replace(Config(**state["config"]), epochs=cfg.epochs, out=cfg.out)
+    require(cfg == old, f"with --resume only --epochs may change: other settings than the run's in {out}")
+    rows = state["rows"]
+    require(len(rows) < cfg.epochs, f"{out} already has {len(rows)} epochs: give more --epochs")
+    return rows, state["history"]
 
 
 def read_config(out):
-    """config.json of a run's folder as a Config, checked. Raises BadInput."""
+    """config.json of a run's folder as a Config. Raises BadInput."""
     with explained(f"{out} is not a run's folder, or is one of another version"):
-        cfg = Config(**json.loads((Path(out) / "config.json").read_text()))
-        check(cfg)
-    return cfg
+        return Config(**json.loads(Path(f"{out}/config.json").read_text()))
 
 
 # =============================================== COMMAND LINE ===============================================
@@ -867,18 +847,17 @@ def parse(argv):
     """The command line -> a Config, and the run to resume or None. Raises BadInput."""
     parser = transformers.HfArgumentParser(Config, add_help=False, allow_abbrev=False)
     parser.error = lambda message: require(False, f"{message} (--help lists the flags)")
-    parser.add_argument("--resume", metavar="RUN", help="resume this run's folder; only --epochs may change")
+    parser.add_argument("--resume", help="a run's folder; only --epochs may change")
+    parser.set_defaults(method=None)  # unless the flag is given, the model's settings name it
     first = parser.parse_known_args(argv)[0]
     if first.resume:
         cfg = replace(read_config(first.resume), out=first.resume)
     else:
         with explained(f"{first.model} has settings that Config does not know"):
             cfg = Config(**preset(first.method, first.model))
-    parser.set_defaults(**asdict(cfg))  # a flag wins over them, and --help shows them
-    parser.add_argument("-h", "--help", action="help", help="show this and exit")
-    used = vars(parser.parse_args(argv))
-    resume = used.pop("resume")
-    return Config(**used), resume
+    parser.set_defaults(**asdict(cfg))  # for --help
+    parser.add_argument("--help", action="help")
+    return parser.parse_args(argv, cfg), first.resume  # cfg with the flags that are given
 
 
 def quiet():

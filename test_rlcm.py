@@ -30,7 +30,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,6 +43,7 @@ import torch
 import transformers as tf
 from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, StableDiffusionXLPipeline
 from diffusers.utils import convert_state_dict_to_kohya
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
@@ -55,7 +56,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rewards
 import rlcm
-from bench import compare, evaluate, plot, sample
+from bench import ablate, compare, evaluate, plot, sample
 from examples import differentiable, ocr_reward, points, value
 from rewards import BadInput
 from rlcm import METHODS, Config, advantages, gaussian_kl, path_kl, policy, policy_loss, preset, rollout
@@ -72,7 +73,7 @@ def own_seed():
     torch.manual_seed(0)
 
 
-# ----------------------------------------------------------------------------------- the policy and its schedules
+# ------------------------------------------------------------------------------- the policy and its schedules
 def wave(x, t, c):
     """An arbitrary network."""
     return torch.tanh(x * 1.3 + t / 500 - 1) + c
@@ -172,6 +173,20 @@ def test_score_schedule_is_the_sde_of_the_betas():
     assert s.t[0] == 999 and s.actions == list(range(11))
     finest = schedule_of("score", 400)
     assert finest.t[-1] == pytest.approx(0, abs=1e-3) and finest.t[-2] > 0  # not between the data and t = 0
+
+
+def test_numbers_of_the_docstring():
+    """The table, and the worked advantages."""
+    text = rlcm.__doc__.split("IN NUMBERS")[1].split("GLOSSARY")[0]
+    for method, steps in (("rlcm", 4), ("ddpo", 5)):
+        s = schedule_of(method, steps)
+        for k in range(steps):
+            std = s.new[k].sqrt() * s.noise_next[k]
+            row = f"{k}  {s.t[k]}   {s.signal[k]:.3f}  {s.noise[k]:.3f}  {s.new[k]:.3f}  {std:.3f}"
+            assert row + ", no action" * (k not in s.actions) in text
+    numbers = [re.findall(r"-?\d\.\d+", part) for part in text[text.index("Rewards") :].split("give")]
+    r, A = (torch.tensor([float(n) for n in part]) for part in numbers)
+    assert_close(advantages(r[:4], [*"aaaa"], {}, 4, 4, 10.0), A, rtol=0, atol=0.005)
 
 
 def test_score_in_small_steps_is_the_reverse_sde():
@@ -407,7 +422,7 @@ def test_gradient_is_the_same_however_the_batch_is_cut(play):
 
 
 def test_score_reaches_the_tilted_gaussian(play):
-    """p_ref(x) exp(r(x) / lambda), with r = -(x - 2)^2 / 2. Here lambda counts in stds of r, as they are at the end."""
+    """p_ref(x) exp(r(x) / lambda), with r = -(x - 2)^2 / 2. Here lambda counts in stds of r at the end."""
     model = Linear("score", 32, off=0.0)
     _, var_ref, _ = model.laws(model.offsets)
     kl = 0.7
@@ -482,6 +497,30 @@ def test_advantages_of_rare_prompts_use_the_batch():
     A = advantages(r, prompts, {}, 4, 4, 10.0)
     assert_close(advantages(1e-7 * r, prompts, {}, 4, 4, 10.0), A)
     assert not advantages(torch.full((40,), 0.1), prompts, {}, 4, 4, 10.0).any()
+
+
+def test_rewards_of_another_shape():
+    """(B, 1), as from a linear layer, means (B,). Anything else is an error that has both sizes."""
+    r = torch.randn(4)
+    prompts = [*"aabb"]
+    A = advantages(r, prompts, {}, 4, 2, 10.0)
+    assert torch.equal(advantages(r[:, None], prompts, {}, 4, 2, 10.0), A)
+    with pytest.raises(RuntimeError, match=r"'\[4\]' is invalid for input of size 16"):
+        advantages(torch.randn(4, 4), prompts, {}, 4, 2, 10.0)
+
+
+def test_method_computes_in_float32():
+    """A ratio of bf16 latents: of 1e-3 it would be nothing but rounding."""
+    s = schedule_of("rlcm", 4)
+    x = torch.randn(8, 3, 8, 8, dtype=torch.bfloat16)
+    mean, std = policy(lambda x, k, c, s: wave_x0(x, k, c, s).bfloat16(), x, 1, 0.1, s)
+    assert mean.dtype == torch.float32
+    x_next = (mean + std * torch.randn(mean.shape)).bfloat16()
+    moved = (mean + 0.01).bfloat16()
+    means = moved, mean.bfloat16()
+    exact = [Normal(m.double(), std).log_prob(x_next.double()).mean((1, 2, 3)).float() for m in means]
+    found = [rlcm.log_prob(x_next, m, std) for m in means]
+    assert_close(found[0] - found[1], exact[0] - exact[1], rtol=1e-3, atol=1e-6)
 
 
 def test_method_part_can_be_copied():
@@ -681,9 +720,11 @@ def test_commands_of_docs_papers_are_published(monkeypatch):
 
 def test_default_is_the_embedded_model_on_a_gpu_too(monkeypatch):
     assert parsed("--model real").precision == "fp32"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert parsed("").model == "tiny" and parsed("").precision == "fp32"
-    assert parsed("--model real").precision == parsed("--model real --method ddpo").precision == "bf16"
+    for hardware, precision in ((True, "bf16"), (False, "fp32")):  # a T4 emulates bf16, slowly
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: hardware)
+        assert parsed("").model == "tiny" and parsed("").precision == "fp32"
+        assert parsed("--model real").precision == parsed("--model real --method ddpo").precision == precision
 
 
 def test_model_file_settings_lie_between_defaults_and_flags(tmp_path):
@@ -692,6 +733,22 @@ def test_model_file_settings_lie_between_defaults_and_flags(tmp_path):
     cfg = parsed(f"--model {file}:load --method ddpo --steps 9")
     expected = dict(model=f"{file}:load", method="ddpo", steps=9, resolution=32)
     assert cfg == Config(**expected)
+    file.write_text("def load(cfg, device): pass\nload.settings = dict(method='score')")
+    os.utime(file, (1, 1))
+    assert parsed(f"--model {file}:load").method == "score"
+    assert parsed(f"--model {file}:load --method rlcm").method == "rlcm"
+
+
+@pytest.mark.parametrize("wrong", [
+    dict(precision="bfloat16"), dict(algo="grpo"), dict(gradient_checkpointing="no"), dict(lr="1e-4"),
+    dict(epochs=2.5), dict(steps="4"),
+])  # fmt: skip
+def test_settings_made_in_python_are_checked(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(StrictDataclassFieldValidationError, match=f"(?s)'{name}'.*expected.*{value}"):
+        Config(**wrong)
+    with pytest.raises(BadInput, match="--method grpo: must be one of rlcm, ddpo, score"):
+        rlcm.check(Config(method="grpo"))
 
 
 # ------------------------------------------------------------------------------------- the model and its LoRA
@@ -758,6 +815,39 @@ def test_lora_has_full_strength_in_every_loader(finished, mini, tmp_path):
         check_grid(finished, 2, pipe)
 
 
+def test_pipeline_that_would_be_trained_wrongly_is_refused(mini):
+    """With a LoRA that is not fused, or fused and not unloaded; or in another dtype than --precision says."""
+    cfg = Config(**SMALL)
+    pipe = DiffusionPipeline.from_pretrained(mini)
+    pipe.unet.add_adapter(LoraConfig(target_modules=["to_q"]))
+    for prepare in (lambda: None, pipe.unet.fuse_lora):
+        prepare()
+        with pytest.raises(BadInput, match="fuse_lora.. and unload_lora_weights.. first"):
+            rlcm.StableDiffusion(pipe, cfg)
+    pipe.unload_lora_weights()
+    for dtype, precision in ((torch.bfloat16, "fp32"), (torch.float16, "bf16"), (torch.float32, "bf16")):
+        with pytest.raises(BadInput, match="load the pipeline with dtype=torch"):
+            rlcm.StableDiffusion(pipe.to(dtype), replace(cfg, precision=precision))
+    rlcm.StableDiffusion(pipe.to(torch.float32), cfg)
+
+
+def test_compiled_network_saves_an_ordinary_lora(finished, mini, tmp_path):
+    pipe = DiffusionPipeline.from_pretrained(mini)
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    rlcm.StableDiffusion(pipe, Config(**SMALL)).save(tmp_path)
+    assert load_file(tmp_path / LORA).keys() == load_file(finished / LORA).keys()
+
+
+def test_training_within_autocast_learns(mini, tmp_path):
+    """An outer context would keep the weights that were cast before the optimizer's step."""
+    cfg = Config(**SMALL | dict(precision="bf16", kl=0.01, updates=2, batch_size=8), model=mini)
+    with torch.autocast("cpu", torch.bfloat16):
+        rlcm.train(replace(cfg, out=f"{tmp_path}/within"))
+    rlcm.train(replace(cfg, out=f"{tmp_path}/alone"))
+    assert column(tmp_path / "within", "path_kl") == column(tmp_path / "alone", "path_kl")
+    assert column(tmp_path / "within", "clip_fraction")[0] > 0
+
+
 def test_new_sampler_is_one_entry(mini_sd, tmp_path, monkeypatch):
     """DDIM with half of the noise: the LoRA is sampled by a plain pipeline with eta = 0.5."""
 
@@ -766,7 +856,8 @@ def test_new_sampler_is_one_entry(mini_sd, tmp_path, monkeypatch):
         s.new = s.new / 4
         return s
 
-    entry = SimpleNamespace(**vars(METHODS["ddpo"]) | {"schedule": half, "checked_as": "half", "step_options": {"eta": 0.5}})
+    own = dict(schedule=half, checked_as="half", step_options={"eta": 0.5})
+    entry = SimpleNamespace(**vars(METHODS["ddpo"]) | own)
     monkeypatch.setitem(METHODS, "half", entry)
     run = rlcm.train(Config(**SMALL, method="half", model=mini_sd, out=str(tmp_path / "run")))
     check_grid(run, 2, ddim(mini_sd, run), eta=0.5)
@@ -874,7 +965,7 @@ def test_killed_run_resumes_bit_identical(mini_sd, tmp_path):
     killed = tmp_path / "killed"
     given = dict(model=mini_sd, method="ddpo", epochs=6, kl=0.01, updates=2, micro_batch=2, batch_size=6)
     assert start(**given, out=alone) == 0
-    assert column(alone, "ratio_drift") == [0.0] * 6 and all(column(alone, "approx_kl"))
+    assert column(alone, "ratio_drift") == [0.0] * 6 and all(column(alone, "clip_fraction"))
     check_grid(alone, 6, ddim(mini_sd, alone), eta=1.0)
 
     checkpoint = killed / "checkpoint.pt"
@@ -895,7 +986,7 @@ def test_killed_run_resumes_bit_identical(mini_sd, tmp_path):
     assert ours.keys() == theirs.keys()
     assert all(ours[name] == theirs[name] for name in ours if name.startswith("samples/"))
     assert_close(load_file(alone / LORA), load_file(killed / LORA), rtol=0, atol=0)
-    for name in ("reward_mean", "loss", "path_kl", "grad_norm"):
+    for name in ("reward_mean", "path_kl", "clip_fraction", "grad_norm"):
         assert column(alone, name) == column(killed, name)
 
 
@@ -941,7 +1032,7 @@ def load(cfg, device):
     assert [found[rank][0] for rank in (0, 1)] == [0, 0]
     assert ["python rlcm.py --resume" in found[rank][1] for rank in (0, 1)] == [True, False]
     assert contents(one).keys() == contents(two).keys() and column(two, "ratio_drift") == [0.0, 0.0]
-    for name in ("reward_mean", "reward_std", "path_kl", "grad_norm", "loss"):
+    for name in ("reward_mean", "reward_std", "path_kl", "grad_norm"):
         assert column(one, name) == pytest.approx(column(two, name), rel=1e-3, abs=1e-6), name
 
 
@@ -975,7 +1066,7 @@ RUNS_A_COMMAND = b"cos\nsystem\n(S'touch touched'\ntR."  # as a pickle
 @pytest.mark.parametrize("config, checkpoint, flags, named", [
     ({"steps": "4"}, None, "", "steps"),
     ({"lora_rank": 3}, None, "", "no checkpoint of this model and LoRA"),
-    ({"lr": 0.5}, None, "", "run has lr 0.1, not 0.5"),
+    ({"lr": 0.5}, None, "", "only --epochs may change"),
     ({}, None, "--method ddpo", ""),
     ({}, None, "--epochs 2", "already has 2 epochs"),
     ({}, b"cut off", "", "no checkpoint of this model and LoRA"),
@@ -1014,7 +1105,7 @@ BAD = {
     "--resolution 12": "multiple of 8",
     "--rew compress stray": "unrecognized arguments: --rew compress stray",
     "--model no/such-model": "--model",
-    "--model flux": "flux is a FluxPipeline: supported are StableDiffusionPipeline and",
+    "--model flux": "flux is a FluxPipeline, not a StableDiffusionPipeline",
     "--model v": "a EulerDiscreteScheduler is not for --method rlcm",
     "--model edm --method ddpo": "a EDMEulerScheduler is not for --method ddpo, which needs a DDIMScheduler",
     "--model snr --method ddpo": "zero terminal SNR",
@@ -1105,6 +1196,9 @@ def reported(mini, mini_sd, place):
         (place / name).mkdir()
         (place / name / "utils.py").write_text(f"name = {name!r}")
         (place / name / f"{name}.py").write_text("import utils\ndef fn(i, p): return i.mean((1, 2, 3))")
+        (place / name / "shared").mkdir()
+        (place / name / "shared" / "__init__.py").touch()
+        (place / name / "folder.py").write_text("import shared\ndef fn(i, p): return i.mean((1, 2, 3))")
     (place / "wandb").mkdir()
     for name, text in {
         "a.tsv": "a cat\t1\n", "b.txt": "id\tprompt\n1\ta cat\n", "c.json": '["a cat"]',
@@ -1137,7 +1231,8 @@ REPORTS = {  # what is wrong: what the one line says
     "--reward parses.py:fn": "parses.py does not load (SystemExit",
     "--reward foreign.py:quits": "(SystemExit: 3)",
     "--reward foreign.py:complex": "complex numbers",
-    "--reward one/one.py:fn,two/two.py:fn": "utils.py",
+    "--reward one/one.py:fn,two/two.py:fn": "imports utils but gets",
+    "--reward one/folder.py:fn,two/folder.py:fn": "imports shared but gets",
     "--prompts a.tsv": "a.tsv",
     "--prompts b.txt": "b.txt",
     "--prompts c.json": "c.json",
@@ -1169,6 +1264,16 @@ def test_reported_input_trains(settings, reported, mini, tmp_path, monkeypatch):
     assert torch.get_default_device() == torch.device("cpu")
 
 
+def test_edited_file_is_used_as_it_is_now(tmp_path):
+    """In a notebook, say. So are its neighbours."""
+    (tmp_path / "mine.py").write_text("import beside_it\ndef fn(i, p): return [beside_it.value] * 2")
+    for now in (1, 2):
+        (tmp_path / "beside_it.py").write_text(f"value = {now}")
+        os.utime(tmp_path / "beside_it.py", (now, now))
+        reward = rewards.get_reward(f"{tmp_path}/mine.py:fn")
+        assert reward(torch.zeros(2, 3, 8, 8), ["a", "b"]).tolist() == [now] * 2
+
+
 def test_prompts_of_a_file_end_at_newlines(reported):
     assert rewards.get_prompts(str(reported / "lines.txt")) == ["a cat\u2028red", "an\x85owl x", "a\x0bdog"]
 
@@ -1179,15 +1284,15 @@ def test_resume_uses_the_runs_own_prompts_and_settings(finished, tmp_path, capsy
     shutil.copytree(finished, out)
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(config | {"lr": 0.5}))
-    refused(["--resume", str(out), "--epochs", "3"], "lr 0.1, not 0.5", tmp_path, capsys)
+    refused(["--resume", str(out), "--epochs", "3"], "only --epochs may change", tmp_path, capsys)
     (out / "config.json").write_text(json.dumps(config | {"prompts": "gone.txt"}))
-    refused(["--resume", str(out), "--epochs", "3"], "gone.txt", tmp_path, capsys)
+    refused(["--resume", str(out), "--epochs", "3"], "only --epochs may change", tmp_path, capsys)
     assert (out / "prompts.txt").read_text() == "a red cat"
 
 
 def test_tracker_that_is_not_installed(reported, mini, monkeypatch, capsys):
     """A folder of that name, as wandb's own logs make one, is not the package."""
-    monkeypatch.setattr(rlcm, "packages_distributions", dict)
+    monkeypatch.setattr(accelerate.accelerator, "filter_trackers", lambda *_: [])
     monkeypatch.chdir(reported)
     given = words(**SMALL | {"log-with": "wandb"}, model=mini)
     refused(given, "first pip install wandb", reported, capsys)
@@ -1313,7 +1418,7 @@ def test_sum_of_rewards_by_hand(place, monkeypatch):
     assert_close(reward.components(images, prompts), expected)
     assert_close(reward(images, prompts), expected.sum(1))
     assert torch.equal(images, kept) and prompts == ["a", "b", "c"]
-    assert sys.modules["neighbour"].loads == ["mine"]
+    assert sys.modules["neighbour"].loads == [str(place / "mine.py")]
 
 
 def drawn(step):
@@ -1477,10 +1582,14 @@ def tiny_run(tmp_path_factory):
     return rlcm.train(Config(**small, prompts="a cat", out=str(out)))
 
 
-NEEDED = {"ablate": ["horizon"], "evaluate": ["run"], "plot": ["run"], "sample": ["run", "a cat"]}
+NEEDED = {"ablate": ["horizon"], "evaluate": ["run"], "plot": ["run"]}
+NEEDED |= {"sample": ["run", "a cat"], "trajectory": ["run", "a cat"]}
 
 
-@pytest.mark.parametrize("path", sorted((HERE / "bench").glob("*.py")), ids=lambda path: path.name)
+SCRIPTS = sorted(path for path in (HERE / "bench").glob("*.py") if path.stem not in ("__init__", "common"))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_script_shows_its_use_and_refuses_in_one_line(path, capsys):
     main = importlib.import_module(f"bench.{path.stem}").main
     with pytest.raises(SystemExit) as end:
@@ -1492,10 +1601,11 @@ def test_script_shows_its_use_and_refuses_in_one_line(path, capsys):
 
 def test_evaluate_and_sample_draw_what_a_plain_pipeline_draws(tiny_run, tmp_path, monkeypatch):
     """And a LoRA of half the strength is half of it there; clip is a judge."""
-    (tmp_path / "two.txt").write_text("pizza\na cat\n")
+    prompts = ["pizza", "a dog"] * 3
+    (tmp_path / "two.txt").write_text("\n".join(prompts))
     flags = ["--prompts", str(tmp_path / "two.txt"), "--steps", "1", "2", "--images", "6", "--judges", "clip"]
     assert evaluate.main([str(tiny_run), *flags]) == 0 and (tiny_run / "evaluation.png").exists()
-    rows = plot.read_rows(tiny_run / "evaluation.csv")
+    rows = compare.read_rows(tiny_run / "evaluation.csv")
     cases = {(row["weights"], row["prompts"], row["steps"]): row for row in rows}
     assert set(cases) == set(itertools.product(("base", "tuned"), ("training", "held-out"), (1, 2)))
     drawn = []
@@ -1506,7 +1616,6 @@ def test_evaluate_and_sample_draw_what_a_plain_pipeline_draws(tiny_run, tmp_path
         return grid(images, captions, columns)
 
     monkeypatch.setattr(rlcm, "sample_grid", spied)
-    prompts = ["pizza", "a cat"] * 3
     assert sample.main([str(tiny_run), *prompts, "--strength", "0.5", "1"]) == 0
     pipe = DiffusionPipeline.from_pretrained(HERE / "tiny" / "lcm")
     options = dict(num_inference_steps=2, guidance_scale=3.0, height=64, width=64, output_type="pt")
@@ -1526,21 +1635,81 @@ def test_evaluate_and_sample_draw_what_a_plain_pipeline_draws(tiny_run, tmp_path
     assert (drawn[0][:6] - drawn[0][12:]).abs().max() > 1e-3  # it has learned
 
 
-def test_compare_refuses_a_run_of_other_settings(tmp_path):
-    run = tmp_path / "run"
-    cfg = compare.settings(run, [])
-    assert not compare.finished(cfg)
-    run.mkdir()
-    (run / "config.json").write_text(json.dumps(asdict(cfg)))
-    evaluate.write_rows([{"reward_mean": 1}] * cfg.epochs, run / "metrics.csv")
-    with pytest.raises(BadInput, match="remove it"):  # it never got as far as a checkpoint
-        compare.finished(cfg)
-    for name in ("checkpoint.pt", "judged.csv"):
-        (run / name).touch()
-    assert compare.finished(cfg) and not compare.finished(replace(cfg, epochs=99))
-    for name, setting in (("lr", 0.5), ("epochs", 9)):
-        with pytest.raises(BadInput, match=f"{name} .*{setting}"):
-            compare.finished(replace(cfg, **{name: setting}))
+def test_evaluate_holds_out_what_was_not_trained_on(finished, tmp_path, monkeypatch, capsys):
+    """Images are spread over all prompts. Numbers of steps that the scheduler refuses are left out."""
+    monkeypatch.chdir(tmp_path)
+    Path("mixed.txt").write_text("a red cat\nan ant\nan owl\na bee\na fox")
+    seen = []
+    schedule = rlcm.StableDiffusion.schedule
+
+    def refuse(model, H):
+        rlcm.require(H < 4, f"no {H} steps")
+        return schedule(model, H)
+
+    def generate(model, cfg, prompts):
+        seen.append(prompts)
+        return torch.zeros(2, 3, 8, 8)
+
+    monkeypatch.setattr(rlcm, "generate", generate)
+    monkeypatch.setattr(rlcm.StableDiffusion, "schedule", refuse)
+    rows = evaluate.evaluate(finished, "mixed.txt", count=2)
+    assert [row["steps"] for row in rows] == [1, 2, 1, 2, 1, 2, 1, 2] and seen[2] == ["an ant", "a bee"]
+    said = capsys.readouterr().out
+    assert "left out: no 4 steps" in said and "4 of mixed.txt that are not among them" in said
+    with pytest.raises(BadInput, match="none is held out"):
+        evaluate.evaluate(finished, str(finished / "prompts.txt"))
+
+
+def test_plot_says_where_a_line_ends(finished, tmp_path, capsys):
+    short = tmp_path / "short"
+    shutil.copytree(finished, short)
+    lines = (short / "metrics.csv").read_text().splitlines()
+    (short / "metrics.csv").write_text("\n".join(lines[:2]))
+    plot.curves([finished, short], tmp_path / "plot.png")
+    assert "rlcm ends at 4 images, where the shortest of its runs ends" in capsys.readouterr().out
+
+
+def test_compare_runs_until_the_accuracy_has_fallen(tmp_path, monkeypatch, capsys):
+    """And the table has the point where it did, interpolated, and the best rate by the rule."""
+    accuracies = iter([0.95, 0.91, 0.81, 0.95, 0.75, 0.7])
+    judge = lambda *_: dict(reward=-2.0, accuracy=next(accuracies), retrieval=0.5)  # noqa: E731
+    monkeypatch.setattr(compare, "judge", judge)
+    monkeypatch.setattr(compare, "ProcessPoolExecutor", lambda *_: contextlib.nullcontext(builtins))
+    small = ["--steps", "2", "--batch-size", "4", "--rates", "0.001", "0.002", "--seeds", "0"]
+    assert compare.main(["--methods", "ddpo", "--out", str(tmp_path), *small]) == 0
+    rows = compare.read_rows(tmp_path / "results.csv")
+    at = {(row["rate"], row["accuracy"]): row["images"] for row in rows}
+    assert at == {(0.001, 0.9): 4, (0.001, 0.85): 6, (0.002, 0.9): 1, (0.002, 0.85): 2}
+    assert "compress, ddpo: learning rate 0.002" in capsys.readouterr().out
+    assert compare.main(["--methods", "ddpo", "--out", str(tmp_path), *small]) == 0  # none is trained again
+    assert compare.best({1: (100, -2.0), 2: (50, -2.01), 3: (30, -2.03)}) == 2
+    with pytest.raises(BadInput, match="remove it"):
+        cfg = compare.settings(tmp_path / "compress-ddpo-0.001-0", ["--method", "ddpo"])
+        compare.finished(cfg, False)
+
+
+@pytest.mark.parametrize("ablation", ["share", "last", "levels"])
+def test_ablations_change_the_schedule(ablation):
+    """Only within, and not what is checked at the start."""
+    method = {"share": "rlcm", "last": "ddpo", "levels": "score"}[ablation]
+    model = rlcm.load_model(Config(**preset(method)), "cpu")
+    before = model.schedule(5)
+    for name in ablate.PARTS[ablation]:
+        with ablate.VARIANTS.get(name, contextlib.nullcontext)():
+            s = model.schedule(5)
+        expected = 5 if name in ("last-action", "levels-down-to-0") else 4
+        assert len(s.actions) == expected, name
+        assert torch.equal(s.new, before.new) == (name in ("share-1", "no-last-action", "levels-2")), name
+    model.pipe.scheduler = type(model.pipe.scheduler).from_config(model.pipe.scheduler.config)
+    assert torch.equal(model.schedule(5).new, before.new)
+
+
+def test_folders_of_the_repository_win_over_packages_of_their_names(tmp_path):
+    for name in ("bench", "examples", "tiny"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+        found = importlib.machinery.PathFinder.find_spec(name, [str(HERE), str(tmp_path)])
+        assert found.origin == str(HERE / name / "__init__.py")
 
 
 # ---------------------------------------------------------------------------------------------- examples/
@@ -1693,7 +1862,9 @@ def test_sdxl_draws_trains_and_saves_what_a_plain_pipeline_does(name, tmp_path, 
     saved = LCMScheduler.from_pretrained("scheduler")
     saved.set_timesteps(4)
     assert saved.timesteps.tolist() == own["model"].schedule(4).t.tolist() == timesteps
-    assert type(own["model"])(pipe.to(torch.bfloat16), cfg).pipe.vae.dtype == torch.float32
+    pipe.unload_lora_weights()
+    half = type(own["model"])(pipe.to(torch.bfloat16), replace(cfg, precision="bf16"))
+    assert half.pipe.vae.dtype == torch.float32
 
 
 SANA_PROMPTS = ["a red cat", "two dogs"]
@@ -1809,56 +1980,168 @@ def small_z_image():
     )
 
 
-def test_z_image(tmp_path):
-    """What the plain pipeline draws, two epochs, and the saved LoRA in another plain pipeline."""
-    pipe = small_z_image()
-    pipe.set_progress_bar_config(disable=True)
-    pipe.save_pretrained(tmp_path / "pipe")
-    file = tmp_path / "own_z_image.py"
-    file.write_text(
-        f"""
-from diffusers import ZImagePipeline
-from examples.z_image import ZImage
+def small_klein():
+    """A random Flux2KleinPipeline: 32 px, 8 x 8 tokens of 2 x 2 x 4 numbers, and a batch norm that matters.
 
-def small(cfg, device):
-    return ZImage(ZImagePipeline.from_pretrained({str(tmp_path / "pipe")!r}).to(device), cfg)
-"""
-    )
-    prompts = ["a cat", 40 * "a red dog "]  # one needs padding
-    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
-    settings = dict(steps=3, guidance_scale=0.0, resolution=16, lr=3e-3, updates=2, kl=0.01)
-    settings |= dict(epochs=2, batch_size=8, micro_batch=16, lora_alpha=32)
-    settings |= dict(prompts=str(tmp_path / "prompts.txt"), out=str(tmp_path / "run"))
-    cfg = Config(**preset("rlcm", f"{file}:small") | settings)
+    Its text encoder has 28 layers because the pipeline takes the states after 9, 18 and 27.
+    """
+    torch.manual_seed(0)
+    tokenizer = tf.AutoTokenizer.from_pretrained(HERE / "tiny" / "lcm" / "tokenizer")
+    tokenizer.chat_template = "user {{ messages[0].content }}{% if not enable_thinking %} fast{% endif %}"
+    heads = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_hidden_layers=28)
+    text = tf.Qwen3Config(vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, **heads)
+    transformer = diffusers.Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=3 * 8, timestep_guidance_channels=16, mlp_ratio=2.0, axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )  # fmt: skip
+    blocks = dict(block_out_channels=(8, 8), down_block_types=["DownEncoderBlock2D"] * 2)
+    vae = diffusers.AutoencoderKLFlux2(
+        latent_channels=4, norm_num_groups=4, up_block_types=["UpDecoderBlock2D"] * 2, **blocks,
+    )  # fmt: skip
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 3)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    network = tf.Qwen3ForCausalLM(text).eval()
+    return diffusers.Flux2KleinPipeline(scheduler, vae, network, tokenizer, transformer, is_distilled=True)
 
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler
-    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, stochastic_sampling=True)
 
-    def plain():
-        """As the docstring of the example says."""
-        images = []
-        for i, prompt in enumerate(prompts):
-            torch.manual_seed(i)
-            images.append(pipe(prompt, 16, 16, cfg.steps, guidance_scale=0.0, output_type="pt").images)
-        return torch.cat(images)
+def small_sd_turbo():
+    """With an EulerDiscreteScheduler, as in the repository of SD-Turbo."""
+    make_mini("sd", "sd")
+    return diffusers.StableDiffusionPipeline.from_pretrained("sd")
 
-    model = rlcm.load_model(cfg, torch.device("cpu"))
-    given = list(prompts)
+
+def small_sdxl_turbo():
+    """With fractional timesteps: 999, 499.5 and 0."""
+    pipe = make_sdxl(None, None)
+    config = pipe.scheduler.config
+    ancestral = diffusers.EulerAncestralDiscreteScheduler
+    pipe.scheduler = ancestral.from_config(config, timestep_spacing="linspace")
+    return pipe
+
+
+def draw_flow(pipe, prompts, latents=None, **options):
+    """As the docstring of the example says: image i from the global seed i."""
+    images = []
+    for i, prompt in enumerate(prompts):
+        torch.manual_seed(i)
+        given = dict(latents=latents()) if latents else {}
+        images.append(pipe(prompt=prompt, **given, **options).images)
+    return torch.cat(images)
+
+
+def draw_klein(pipe, prompts, **options):
+    return draw_flow(pipe, prompts, lambda: torch.randn(1, 8 * 8, 16).mT.reshape(1, 16, 8, 8), **options)
+
+
+def draw_turbo(pipe, prompts, **options):
+    noise = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+    return pipe(list(prompts), generator=noise, **options).images
+
+
+def stochastic(scheduler):
+    return type(scheduler).from_config(scheduler.config, stochastic_sampling=True)
+
+
+def ancestral(scheduler):
+    return diffusers.EulerAncestralDiscreteScheduler.from_config(scheduler.config)
+
+
+FLOW = dict(file="flow", method="rlcm", sampler=stochastic)
+TURBO = dict(file="turbo", method="ddpo", sampler=ancestral, draw=draw_turbo)
+FEW_STEP = {  # function: its repository, a small pipeline, and how it is drawn
+    "z_image_turbo": FLOW | dict(hub="Tongyi-MAI/Z-Image-Turbo", make=small_z_image, draw=draw_flow),
+    "klein_4b": FLOW | dict(hub="black-forest-labs/FLUX.2-klein-4B", make=small_klein, draw=draw_klein),
+    "sd_turbo": TURBO | dict(hub="stabilityai/sd-turbo", make=small_sd_turbo),
+    "sdxl_turbo": TURBO | dict(hub="stabilityai/sdxl-turbo", make=small_sdxl_turbo),
+}
+
+
+@pytest.fixture(params=FEW_STEP)
+def few_step(request, tmp_path, monkeypatch):
+    """A small pipeline under the name that the function loads, settings, and what a plain one draws."""
+    monkeypatch.chdir(tmp_path)  # where folders have the names of the hub
+    monkeypatch.setattr(rlcm, "draw_samples", lambda *_: Image.new("RGB", (8, 8)))  # it takes long
+    case = SimpleNamespace(**FEW_STEP[request.param])
+    case.pipe = case.make()
+    case.size = 32 if request.param == "klein_4b" else 16
+    case.pipe.save_pretrained(case.hub, variant="fp16" if case.file == "turbo" else None)
+    case.pipe.scheduler = case.sampler(case.pipe.scheduler)
+    case.pipe.set_progress_bar_config(disable=True)
+    case.prompts = ["a cat", 40 * "a red dog "] if case.file == "flow" else ["a cat", "a red dog"]
+    (tmp_path / "prompts.txt").write_text("\n".join(case.prompts))
+    small = dict(resolution=case.size, steps=3, epochs=2, batch_size=4, micro_batch=4, lr=0.03, kl=0.01)
+    small |= dict(updates=2, lora_alpha=32, prompts="prompts.txt", out="run")
+    model = f"{HERE}/examples/{case.file}.py:{request.param}"
+    case.cfg = Config(**preset(None, model) | small)
+    options = dict(height=case.size, width=case.size, num_inference_steps=3, guidance_scale=0.0)
+    case.plain = lambda: case.draw(case.pipe, case.prompts, output_type="pt", **options)
+    return case
+
+
+def test_few_step_model_draws_trains_and_redraws(few_step):
+    """What the plain pipeline draws, two epochs, and the saved LoRA in that pipeline."""
+    case = few_step
+    model = rlcm.load_model(case.cfg, torch.device("cpu"))
+    given = list(case.prompts)
     model.encode(given)
-    assert given == prompts
-    before = rlcm.generate(model, cfg, prompts)
-    assert_close(before, plain(), rtol=0, atol=1e-5)
+    assert given == case.prompts
+    before = rlcm.generate(model, case.cfg, case.prompts)
+    assert_close(before, case.plain(), rtol=0, atol=1e-5)
 
     epochs = []
-    rlcm.train(cfg, on_epoch=lambda epoch, model, row: epochs.append((model, row)))
+    rlcm.train(case.cfg, on_epoch=lambda epoch, model, row: epochs.append((model, row)))
     (_, first), (model, second) = epochs[1:]
     assert first["ratio_drift"] == second["ratio_drift"] == 0 < second["path_kl"]
     assert second["clip_fraction"] > 0  # the second update
-
-    pipe.load_lora_weights(cfg.out)
-    after = rlcm.generate(model, cfg, prompts)
-    assert_close(after, plain(), rtol=0, atol=1e-4)
+    case.pipe.load_lora_weights("run")
+    after = rlcm.generate(model, case.cfg, case.prompts)
+    assert_close(after, case.plain(), rtol=0, atol=1e-4)
     assert (after - before).abs().max() > 0.01
-    for refused in ({"method": "ddpo"}, {"guidance_scale": 4.0}, {"resolution": 18}):
-        with pytest.raises(BadInput, match="must be"):
-            rlcm.load_model(replace(cfg, **refused), torch.device("cpu"))
+
+    # A run of one epoch and one more are the same run.
+    rlcm.train(replace(case.cfg, epochs=1, out="half"))
+    rlcm.train(replace(case.cfg, out="half"), resume=True)
+    whole = load_file(f"run/{LORA}")
+    half = load_file(f"half/{LORA}")
+    assert whole.keys() == half.keys() and all(torch.equal(whole[name], half[name]) for name in whole)
+
+
+def test_few_step_model_refuses(few_step):
+    case = few_step
+    refused = [{"method": method} for method in rlcm.METHODS if method != case.method]
+    refused += [{"resolution": case.size + 1}]
+    refused += [{"guidance_scale": 4.0}] if case.file == "flow" else []
+    for settings in refused:
+        with pytest.raises(BadInput, match="must be") as found:
+            rlcm.load_model(replace(case.cfg, **settings), torch.device("cpu"))
+        assert "\n" not in str(found.value)
+
+
+def test_klein_of_a_folder(tmp_path):
+    """Two lines in a file. In bf16 the network gets the plain pipeline's times. A base model is refused."""
+    pipe = small_klein()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(tmp_path / "klein")
+    file = tmp_path / "own_klein.py"
+    file.write_text(f"from examples.flow import klein\nmine = klein({str(tmp_path / 'klein')!r})\n")
+    cfg = Config(**preset("rlcm", f"{file}:mine") | dict(resolution=32, precision="bf16"))
+    model = rlcm.load_model(cfg, torch.device("cpu"))
+    assert sum(name.startswith("single") for name in model.trainable) == 2 * 2 * 2  # blocks, layers, A and B
+
+    times = {}
+
+    def look(network, args, given):
+        times.setdefault(network, []).append(given.get("timestep", args[2:3]))
+
+    model.network.register_forward_pre_hook(look, with_kwargs=True)
+    pipe.transformer.register_forward_pre_hook(look, with_kwargs=True)
+    rlcm.generate(model, cfg, ["a cat"])
+    pipe.to(torch.bfloat16)(prompt="a cat", height=32, width=32, num_inference_steps=4, output_type="latent")
+    assert [time for (time,) in times[model.network]] == times[pipe.transformer]
+
+    pipe.register_to_config(is_distilled=False)
+    pipe.save_pretrained(tmp_path / "klein")
+    with pytest.raises(BadInput, match="must be a distilled one"):
+        rlcm.load_model(cfg, torch.device("cpu"))

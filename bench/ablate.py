@@ -1,70 +1,101 @@
-"""The RLCM paper's own ablations on the embedded model, reward compress.
+"""Ablations on the embedded model, reward compress, default settings.
 
-    python bench/ablate.py horizon                                 # rlcm trained with H = 2, 4, 8 steps
-    python bench/ablate.py steps --seeds 0 --out runs/compare      # rlcm and ddpo sampled with other steps
-    python bench/ablate.py longer --seeds 0                        # 54 epochs, with and without --kl
+    python bench/ablate.py horizon                             # rlcm with H = 2, 4, 8 steps
+    python bench/ablate.py share --seeds 0                     # rlcm that draws a share of the noise anew
+    python bench/ablate.py steps --out runs/compare            # rlcm and ddpo sampled with other steps
 
-Prints a table. Missing runs are trained, and judged during training as in bench/compare.py, which explains
-the columns; other flags go to rlcm.py. The runs are written to --out.
-steps has the same runs as bench/compare.py, so with --out runs/compare it reuses them.
+Missing runs are trained, and judged during training as in bench/compare.py, which explains the columns; other
+flags go to rlcm.py. The runs are written to --out.
 
-steps      bench/evaluate.py of each run
-longer     a row every 9 epochs: does the reward still rise, and are images still recognised? longer.webp has
-           the first seed's images from epoch to epoch, a block of columns for each penalty
+horizon    rlcm in 2, 4 and 8 steps
+share      `new` 1, 0.81 and 0.5 for rlcm: how much of the noise is forgotten
+last       ddpo with and without the last action of Stable Diffusion's own scheduler, whose std is 0.029
+levels     score with levels even in the integral's square root, in its power 2/3 and in its cube root; and in
+           the cube root down to timestep 0, where DDIM ends, not to the data
+kl         rlcm with a KL penalty of 0, 0.005 and 0.02
+steps      bench/evaluate.py of the runs of bench/compare.py --defaults
 """
+import contextlib
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
-from PIL import Image
+import torch
 
-from bench.compare import MEANS, add_flags, cell, show, table, train_all
+import rlcm
+from bench.common import Parser
+from bench.compare import add_flags, cell, show, table, train_all
 from bench.evaluate import evaluate
-from bench.plot import read_rows
-from bench.sample import Parser
+from rlcm import METHODS
 
 
-def show_rows(title, tables, columns):
-    """tables: one per seed, with the same rows. Print each row with the mean and each seed."""
-    for same in zip(*tables):
-        cells = [cell([row[name] for row in same]) for name in columns]
-        show(title.format(**same[0]), cells)
+# ---- Changed schedules
+@contextlib.contextmanager
+def changed(method, schedule):
+    """Within it, the method has another schedule. The start-up check sees the method's own."""
+    own = METHODS[method]
+    METHODS["own"] = own
+    checked_as = "own" if own.checked_as == method else own.checked_as
+    METHODS[method] = SimpleNamespace(**vars(own) | dict(schedule=schedule, checked_as=checked_as))
+    try:
+        yield
+    finally:
+        METHODS[method] = own
 
 
-def horizon(args):
-    parts = {f"H-{H}": ["--steps", H] for H in (2, 4, 8)}
-    table(train_all(args, parts), -2.25)
+def share(new, scheduler, cfg):
+    s = rlcm.rlcm_schedule(scheduler, cfg)
+    s.new = s.new * new
+    return s
+
+
+def with_last_action(scheduler, cfg):
+    scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
+    return rlcm.ddpo_schedule(scheduler, cfg)
+
+
+def levels(power, last, scheduler, cfg):
+    """score's schedule with another power, down to the data or to the last timestep."""
+    integral = -scheduler.alphas_cumprod.double().log()
+    end = integral[0].item() if last else 0.0
+    root = torch.linspace(1, 0, cfg.steps + 1).double()
+    grid = end + (integral[-1] - end) * root**power
+    t = torch.from_numpy(np.interp(grid[:-1], integral, range(len(integral)))).float()
+    alpha_bar = (-grid).exp()
+    return rlcm.make_schedule(t, rlcm.level(alpha_bar[:-1]), rlcm.level(alpha_bar[1:]))
+
+
+# ---- The ablations: {name: flags}, and what else a name changes
+PARTS = {
+    "horizon": {f"H-{H}": ["--steps", H] for H in (2, 4, 8)},
+    "share": {f"share-{new}": [] for new in (1, 0.81, 0.5)},
+    "last": {name: ["--method", "ddpo"] for name in ("no-last-action", "last-action")},
+    "levels": {f"levels-{name}": ["--method", "score"] for name in (2, 1.5, 3, "down-to-0")},
+    "kl": {f"kl-{kl}": ["--kl", kl] for kl in (0, 0.005, 0.02)},
+}
+VARIANTS = {"last-action": partial(changed, "ddpo", with_last_action)}
+VARIANTS |= {f"share-{new}": partial(changed, "rlcm", partial(share, new)) for new in (0.81, 0.5)}
+for power in (1.5, 3):
+    VARIANTS[f"levels-{power}"] = partial(changed, "score", partial(levels, power, False))
+VARIANTS["levels-down-to-0"] = partial(changed, "score", partial(levels, 3, True))
+
+
+def at_equal_accuracy(args):
+    table(train_all(args, PARTS[args.ablation], variants=VARIANTS))
 
 
 def steps(args):
     parts = {f"compress-{method}": ["--method", method] for method in ("rlcm", "ddpo")}
-    groups = train_all(args, parts)
-    tables = {name: [evaluate(run) for run in runs] for name, runs in groups.items()}
-    columns = "reward", "seconds"
-    show("", columns)
-    for name in groups:
-        show_rows(name + ", {weights}, {prompts}, {steps} steps", tables[name], columns)
+    for name, runs in train_all(args, parts, to_the_end=True).items():
+        for rows in zip(*[evaluate(run) for run in runs]):
+            cells = [cell([row[column] for row in rows]) for column in ("reward", "seconds")]
+            show("{0}, {weights}, {prompts}, {steps} steps".format(name, **rows[0]), cells)
 
 
-def longer(args):
-    parts = {f"kl-{kl}": ["--kl", kl, "--epochs", 54, "--save-every", 9] for kl in (0, 0.005, 0.02)}
-    groups = train_all(args, parts)
-    show("", MEANS)
-    for name, runs in groups.items():
-        tables = [read_rows(run / "judged.csv") for run in runs]
-        show_rows(name + ", epoch {epoch:.0f}", tables, MEANS)
-
-    # The first four images of each sample grid: epochs downwards, penalties side by side.
-    columns = []
-    for first, *_ in groups.values():
-        grids = [np.asarray(Image.open(path)) for path in sorted((first / "samples").glob("*.png"))]
-        columns.append(np.concatenate([grid[:146, :512] for grid in grids]))
-    Image.fromarray(np.concatenate(columns, 1)).save(args.out / "longer.webp")
-    print(f"wrote {args.out}/longer.webp")
-
-
-ABLATIONS = {"horizon": horizon, "steps": steps, "longer": longer}
+ABLATIONS = dict.fromkeys(PARTS, at_equal_accuracy) | {"steps": steps}
 
 
 def main(argv=None):

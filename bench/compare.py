@@ -1,30 +1,29 @@
-"""The RLCM paper's comparison on the embedded model: its methods on a reward, over several seeds.
+"""The methods compared at equal recognition, each at several learning rates, on the embedded model.
 
-    python bench/compare.py                                   # compress; rlcm, ddpo, score; seeds 0 1 2
-    python bench/compare.py --rewards compress incompress --methods rlcm ddpo --seeds 0 1
-    python bench/compare.py --jobs 2 --epochs 20              # two runs at a time; other flags go to rlcm.py
+    python bench/compare.py                                     # compress; rlcm, ddpo, score; seeds 0 1 2
+    python bench/compare.py --rewards compress incompress --methods rlcm ddpo --seeds 0
+    python bench/compare.py --rates 1.8e-3 --methods rlcm --seeds 5 6 7
+    python bench/compare.py --methods ddpo --steps 50 --guidance-scale 5 --out runs/ddpo-50
+    python bench/compare.py --defaults --jobs 2                 # the default settings, trained to their end
 
-Runs are written to runs/compare/REWARD-METHOD-SEED. A stopped run is resumed, and so is a finished one when
---epochs asks for more; a run with other settings is refused. Every --save-every epochs a run draws 200 fixed
-captions from fixed noise, as a plain pipeline does, and adds a row to its judged.csv. This is not
-counted in its seconds.
+Degrading the images can raise a reward, so rewards are compared at an equal accuracy: the share of 200 images
+of fixed captions, drawn from fixed noise as a plain pipeline draws them, whose nearest training image (pixel
+L2) has their caption. A run ends when its accuracy has fallen to 0.85. It is judged after every second epoch
+of rlcm and after every epoch of the others, which takes 52 to 84 passes; between two judgements the table
+interpolates linearly. All methods have the same LoRA, rank 16 and alpha 16; other flags go to rlcm.py.
 
 reward      mean over the 200 images
-accuracy    share of them whose nearest training image (pixel L2) has the same caption: how recognisable they
-            still are, since degrading images can raise a reward
 retrieval   share of them whose own caption tiny/clip ranks first among all
-gain        reward of the last three epochs minus that of the first three, in standard deviations of the first
-            epoch's rewards, from metrics.csv
-IQM         interquartile mean and its 95 % interval by bootstrap, stratified by reward (rliable, arXiv
-            2108.13264): a quarter of the runs, rounded down, is dropped at each end, so none of three
-seconds     of training so far; with --jobs 2 on one core
-images      rewarded so far
 passes      of the network so far: a forward pass of 32 rows is one; an image with classifier-free guidance
             has two rows; a backward pass counts as two
+seconds     of training so far; with --jobs 2 on one core
+gain        with --defaults: reward of the last three epochs minus that of the first three, in standard
+            deviations of the first epoch's rewards, from metrics.csv
 
-The table shows a run's beginning and end, the point where its accuracy has fallen to 0.85, which compares
-rewards at equal accuracy, and the point where its reward reaches --target. Between rows of judged.csv it
-interpolates. Cells hold the mean and, in brackets, each seed. The figure shows bench/plot.py's curves.
+Runs are written to OUT/REWARD-METHOD-RATE-SEED; a stopped run is resumed, and one with other settings is
+refused. OUT/results.csv has a row per run, OUT/REWARD.png the frontier: a dot per run, a line per method
+through the means of its rates. The best rate is marked, by a rule that was fixed before seeds 5 to 7 were
+run: of the rates whose mean reward is within 0.02 of the method's best, the one with the fewest passes.
 """
 import contextlib
 import io
@@ -39,19 +38,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
+from matplotlib.figure import Figure
 
 import rlcm
-from bench.evaluate import write_rows
-from bench.plot import curves, read_metrics, read_rows
-from bench.sample import Parser
+from bench.common import Parser, read_rows
 from rewards import get_reward
 from tiny import make_tiny
 
-TARGETS = {"compress": -2.25}  # a reward that most runs reach
+RATES = {"rlcm": [4.5e-4, 9e-4, 1.8e-3, 3.6e-3], "ddpo": [2e-3, 4e-3, 8e-3, 1.6e-2]}
+RATES["score"] = RATES["ddpo"]
 ACCURACY = 0.85
-MEANS = "reward", "accuracy", "retrieval"
-COSTS = "seconds", "images", "passes"
-RECOGNISED = "reward", "retrieval", "passes"
+MARGIN = 0.02
+
+
+class Fallen(Exception):
+    """The accuracy of a run has fallen to ACCURACY."""
 
 
 # ---- One run, judged along the way
@@ -69,8 +70,9 @@ def judge(model, cfg):
     }
 
 
-def train_judged(cfg):
-    """Train or resume a run. Returns a line about it. Raises BadInput."""
+def train_judged(job):
+    """Train or resume a run within the context variant(). Returns a line about it. Raises BadInput."""
+    cfg, to_the_end, variant = job
     path = Path(cfg.out) / "judged.csv"
 
     # It is judged before its checkpoint is saved, so a resumed run has all rows until then.
@@ -85,37 +87,41 @@ def train_judged(cfg):
         images = epoch * cfg.batch_size
         new = {"epoch": epoch, "seconds": row.get("seconds", 0), "images": images}
         new["passes"] = images * (1 + model.guided) / 32 * forwards
-        write_rows([*rows, new | judge(model, cfg)], path)
+        rows.append(new | judge(model, cfg))
+        rlcm.write_rows(rows, path)
+        if rows[-1]["accuracy"] <= ACCURACY and epoch > 1 and not to_the_end:  # epoch 1 has no checkpoint yet
+            raise Fallen
 
     rlcm.quiet()
     silence = io.StringIO()
-    with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
-        rlcm.train(cfg, path.exists(), on_epoch)
-    _, seconds, reward, _ = read_metrics(cfg.out)
-    return f"{cfg.out}: reward {reward[0]:.3f} -> {reward[-1]:.3f}, {seconds[-1]:.0f} s"
+    with variant(), contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+        with contextlib.suppress(Fallen):
+            rlcm.train(cfg, path.exists(), on_epoch)
+    last = read_rows(path)[-1]
+    return f"{cfg.out}: {last['passes']:.0f} passes, reward {last['reward']:.3f}"
 
 
 # ---- Many runs
 def settings(out, flags):
     """The settings of a run on the embedded model. Raises BadInput."""
-    cfg, resume = rlcm.parse(["--model", "tiny", "--out", str(out), *map(str, flags)])
+    cfg, resume = rlcm.parse(["--out", str(out), *map(str, flags)])
     rlcm.require(not resume and cfg.model == "tiny", "--resume and --model are not for bench/: it uses tiny")
     return cfg
 
 
-def finished(cfg):
+def finished(cfg, to_the_end):
     """Is the run complete? Raises BadInput if it has other settings or stopped too early to be resumed."""
     out = Path(cfg.out)
     if not any(out.glob("*")):
         return False
     early = f"{out} stopped before its first checkpoint: remove it to start again"
     rlcm.require((out / "checkpoint.pt").exists() and (out / "judged.csv").exists(), early)
-    epochs = len(read_rows(out / "metrics.csv"))
-    old = asdict(rlcm.read_config(out)) | {"out": cfg.out, "epochs": max(epochs, cfg.epochs)}
+    old = asdict(rlcm.read_config(out)) | {"out": cfg.out}
     new = asdict(cfg)
     other = [f"{name} {old[name]}, not {new[name]}" for name in new if old[name] != new[name]]
     rlcm.require(not other, f"{out} has {'; '.join(other)}: remove it, or give another --out")
-    return epochs == cfg.epochs
+    last = read_rows(out / "judged.csv")[-1]
+    return last["epoch"] == cfg.epochs or (last["accuracy"] <= ACCURACY and not to_the_end)
 
 
 def add_flags(p, out):
@@ -124,7 +130,7 @@ def add_flags(p, out):
     p.add_argument("--out", type=Path, default=Path(out), help=f"folder of the runs; default {out}")
 
 
-def train_all(args, parts):
+def train_all(args, parts, to_the_end=False, variants={}):
     """Train {name: flags of rlcm.py} with every seed. Returns {name: folders of its runs}."""
     missing = []
     groups = {}
@@ -132,8 +138,8 @@ def train_all(args, parts):
         groups[name] = [args.out / f"{name}-{seed}" for seed in args.seeds]
         for out, seed in zip(groups[name], args.seeds):
             cfg = settings(out, [*flags, "--seed", seed, *args.flags])
-            if not finished(cfg):
-                missing.append(cfg)
+            if not finished(cfg, to_the_end):
+                missing.append((cfg, to_the_end, variants.get(name, contextlib.nullcontext)))
 
     # Each of --jobs processes trains one run after another.
     if args.jobs > 1:
@@ -146,31 +152,13 @@ def train_all(args, parts):
 
 
 # ---- The table
-def crossing(rows, name, value):
+def crossing(rows, value=ACCURACY, name="accuracy"):
     """The row where a column first passes a value, by linear interpolation; nan if it never does."""
     for a, b in zip(rows, rows[1:]):
         if min(a[name], b[name]) <= value <= max(a[name], b[name]) and a[name] != b[name]:
             share = (value - a[name]) / (b[name] - a[name])
             return {key: a[key] + share * (b[key] - a[key]) for key in b}
     return dict.fromkeys(rows[-1], np.nan)
-
-
-def gain(run):
-    _, _, reward, std = read_metrics(run)
-    return (reward[-3:].mean() - reward[:3].mean()) / std[0]
-
-
-def iqm(tasks):
-    """Interquartile mean over all runs and its interval, as text; tasks: a list of gains for each reward."""
-    generator = np.random.default_rng(0)
-
-    def mean(sample):  # (..., runs)
-        cut = sample.shape[-1] // 4
-        return np.sort(sample)[..., cut : sample.shape[-1] - cut].mean(-1)
-
-    again = [generator.choice(gains, (2000, len(gains))) for gains in tasks]
-    low, high = np.percentile(mean(np.concatenate(again, 1)), [2.5, 97.5])
-    return f"{mean(np.concatenate(tasks)):.2f} [{low:.2f}, {high:.2f}]"
 
 
 def cell(values, digits=3):
@@ -180,61 +168,101 @@ def cell(values, digits=3):
 
 
 def show(title, cells):
-    print(f"{title:44}" + "".join(f"{text:32}" for text in cells), flush=True)
+    print(f"{title:34}" + "".join(f"{text:36}" for text in cells), flush=True)
 
 
-def table(groups, target=None):
-    """groups: {name: folders of its runs}. Print a column for each. Returns a list of gains for each."""
-    judged = [[read_rows(run / "judged.csv") for run in runs] for runs in groups.values()]
-    gains = [[gain(run) for run in runs] for runs in groups.values()]
-    moments = [
-        ("base model", MEANS, lambda rows: rows[0]),
-        ("at the end", MEANS + COSTS, lambda rows: rows[-1]),
-        (f"at accuracy {ACCURACY}", RECOGNISED, lambda rows: crossing(rows, "accuracy", ACCURACY)),
-    ]
-    if target is not None:
-        moments.append((f"to a reward of {target}", COSTS, lambda rows: crossing(rows, "reward", target)))
+COLUMNS = {"passes": 0, "images": 0, "seconds": 0, "reward": 3, "retrieval": 3}
 
-    show("", groups)
-    for moment, names, at in moments:
-        for name in names:
-            digits = 3 if name in MEANS else 0
-            cells = [cell([at(rows)[name] for rows in runs], digits) for runs in judged]
-            show(f"{moment}: {name}", cells)
-    show("gain", [cell(values, 2) for values in gains])
-    show("IQM of gain", [iqm([values]) for values in gains])
-    return gains
+
+def table(groups, moment=crossing):
+    """groups: {name: folders of its runs}. Print a row for each."""
+    show("", COLUMNS)
+    for name, runs in groups.items():
+        rows = [moment(read_rows(run / "judged.csv")) for run in runs]
+        show(name, [cell([row[column] for row in rows], digits) for column, digits in COLUMNS.items()])
+
+
+def best(means):
+    """The rule of the docstring; means: {rate: (passes, reward)}."""
+    highest = max(reward for _, reward in means.values())
+    good = {rate: passes for rate, (passes, reward) in means.items() if reward >= highest - MARGIN}
+    return min(good, key=good.get)
+
+
+def gain(run):
+    rows = read_rows(run / "metrics.csv")
+    reward = [row["reward_mean"] for row in rows]
+    return (np.mean(reward[-3:]) - np.mean(reward[:3])) / rows[0]["reward_std"]
 
 
 def compare(args):
-    """Train the runs, then print a table and draw a figure for each reward."""
+    """Train the runs; print a table and draw a frontier for each reward."""
+    same = ["--lora-rank", 16, "--lora-alpha", 16, "--epochs", 80]
     parts = {}
-    folder = {reward: re.sub(r"[^a-zA-Z0-9]+", "-", reward) for reward in args.rewards}
+    keys = {}
     for reward, method in itertools.product(args.rewards, args.methods):
-        parts[f"{folder[reward]}-{method}"] = ["--reward", reward, "--method", method]
-    runs = train_all(args, parts)
+        every = 2 if method == "rlcm" else 1
+        for rate in args.rates or RATES[method]:
+            name = f"{re.sub('[^a-zA-Z0-9]+', '-', reward)}-{method}-{rate:g}"
+            keys[name] = reward, method, rate
+            parts[name] = ["--reward", reward, "--method", method, "--lr", rate, "--save-every", every, *same]
+    groups = train_all(args, parts)
 
-    gains = []
+    table(groups)
+    results = []
+    for name, runs in groups.items():
+        for (seed, run), accuracy in itertools.product(zip(args.seeds, runs), (0.9, ACCURACY)):
+            at = crossing(read_rows(run / "judged.csv"), accuracy)
+            row = dict(zip(("task", "method", "rate"), keys[name])) | {"seed": seed, "accuracy": accuracy}
+            results.append(row | {column: round(at[column], digits) for column, digits in COLUMNS.items()})
+    rlcm.write_rows(results, args.out / "results.csv")
     for reward in args.rewards:
-        print(f"\n{reward}, seeds {' '.join(map(str, args.seeds))}")
-        groups = {method: runs[f"{folder[reward]}-{method}"] for method in args.methods}
-        target = TARGETS.get(reward) if args.target is None else args.target
-        gains.append(table(groups, target))
-        path = args.out / f"{folder[reward]}.png"
-        curves(sum(groups.values(), []), path)
-        print(f"wrote {path}")
-    for method, tasks in zip(args.methods, zip(*gains)):
-        if len(tasks) > 1:
-            print(f"{method}: IQM of gain over all rewards {iqm(tasks)}")
+        rows = [row for row in results if row["task"] == reward and row["accuracy"] == ACCURACY]
+        frontier(reward, rows, args.out)
+
+
+def frontier(task, rows, out):
+    """Print each method's best rate, and draw reward by passes at ACCURACY."""
+    axis = Figure(figsize=(6, 4), layout="constrained").subplots()
+    for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+        own = [row for row in rows if row["method"] == method]
+        means = {}
+        for rate in dict.fromkeys(row["rate"] for row in own):
+            points = [(row["passes"], row["reward"]) for row in own if row["rate"] == rate]
+            means[rate] = tuple(np.mean(points, 0))
+            axis.plot(*zip(*points), ".", color=f"C{number}", alpha=0.5)
+        chosen = best(means)
+        axis.plot(*zip(*means.values()), color=f"C{number}", label=method)
+        axis.plot(*means[chosen], "o", color=f"C{number}")
+        print(f"{task}, {method}: learning rate {chosen:g}")
+    axis.set(xlabel="passes of the network", ylabel=f"reward ({task}) at accuracy {ACCURACY}", xscale="log")
+    axis.legend(frameon=False)
+    path = out / f"{re.sub('[^a-zA-Z0-9]+', '-', task)}.png"
+    axis.figure.savefig(path, dpi=120)
+    print(f"wrote {path} and {out}/results.csv")
+
+
+def defaults(args):
+    """Train the default settings to their end; print the end of every run."""
+    parts = {}
+    for reward, method in itertools.product(args.rewards, args.methods):
+        name = f"{re.sub('[^a-zA-Z0-9]+', '-', reward)}-{method}"
+        parts[name] = ["--reward", reward, "--method", method]
+    groups = train_all(args, parts, to_the_end=True)
+    table(groups, moment=lambda rows: rows[-1])
+    for name, runs in groups.items():
+        accuracy = [read_rows(run / "judged.csv")[-1]["accuracy"] for run in runs]
+        show(name, [f"gain {cell([gain(run) for run in runs], 2)}", f"accuracy {cell(accuracy)}"])
 
 
 def main(argv=None):
     p = Parser("compare", __doc__)
     p.add_argument("--rewards", nargs="+", default=["compress"], metavar="REWARD")
     p.add_argument("--methods", nargs="+", default=list(rlcm.METHODS), choices=rlcm.METHODS)
-    p.add_argument("--target", type=float, metavar="REWARD", help="default: -2.25 for compress, else none")
+    p.add_argument("--rates", nargs="+", type=float, metavar="RATE", help="default: four for each method")
+    p.add_argument("--defaults", action="store_true", help="the default settings, to their end")
     add_flags(p, "runs/compare")
-    return p.run(compare, argv, more=True)
+    return p.run(lambda args: (defaults if args.defaults else compare)(args), argv, more=True)
 
 
 if __name__ == "__main__":

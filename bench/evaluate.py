@@ -16,8 +16,6 @@ reward           mean over --images images, base and tuned from the same noise; 
 seconds          to draw an image, without its reward
 """
 import contextlib
-import csv
-import io
 import itertools
 import sys
 import time
@@ -29,21 +27,10 @@ import matplotlib
 from matplotlib.figure import Figure
 
 import rlcm
-from bench.sample import Parser, open_run
+from bench.common import Parser, open_run
 from rewards import get_prompts, get_reward
 
 
-# ---- Also used by other scripts
-def write_rows(rows, path):
-    """A list of dicts with the same keys to a csv file."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, rows[0], lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    rlcm.write(path, text.getvalue().encode())
-
-
-# ---- The script
 def evaluate(run, held_out="other-animals", steps=(), judges=(), count=64, **changes):
     """Measure a run, with its settings except for `changes`. Returns the rows. Raises BadInput."""
     run = Path(run)
@@ -51,20 +38,32 @@ def evaluate(run, held_out="other-animals", steps=(), judges=(), count=64, **cha
     cfg, model = open_run(run, **changes)
     rewards = {"reward": get_reward(cfg.reward, cfg.model)}
     rewards |= {name: get_reward(name, cfg.model) for name in judges}
-    sets = {"training": get_prompts(str(run / "prompts.txt")), "held-out": get_prompts(held_out)}
+    training = get_prompts(str(run / "prompts.txt"))
+    unseen = [prompt for prompt in get_prompts(held_out) if prompt not in set(training)]
+    rlcm.require(unseen, f"--prompts {held_out}: the run was trained on all of them, so none is held out")
+    print(f"{len(training)} training prompts, {len(unseen)} of {held_out} that are not among them")
+    sets = {"training": training, "held-out": unseen}
+
+    # Of the default numbers of steps, those that the scheduler refuses are left out.
     more = (1, 2, 4, 8) if cfg.method == "rlcm" else (2, 5, 10, 20, 50)
-    numbers = sorted(set(steps or (cfg.steps, *more)))
-    for n in numbers:
+    numbers = []
+    for n in sorted(set(steps or (cfg.steps, *more))):
         rlcm.check(replace(cfg, steps=n))
-        with rlcm.explained(f"--steps {n} does not suit the model's scheduler"):
-            model.schedule(n)
+        try:
+            with rlcm.explained(f"--steps {n} does not suit the model's scheduler"):
+                model.schedule(n)
+            numbers.append(n)
+        except rlcm.BadInput as e:
+            if steps:
+                raise
+            print(f"left out: {e}")
 
     rlcm.load_checkpoint(run, model)
     states = {"base": model.reference, "tuned": contextlib.nullcontext}
     rows = []
     print(f"{'weights':8}{'prompts':10}{'steps':>5}", *(f"{name:>18}" for name in rewards), "  seconds")
     for (weights, state), (name, prompts), n in itertools.product(states.items(), sets.items(), numbers):
-        prompts = (prompts * count)[:count]
+        prompts = [prompts[i * len(prompts) // count] for i in range(count)]  # spread over all of them
         began = time.time()
         with state():
             images = rlcm.generate(model, replace(cfg, steps=n), prompts)
@@ -80,7 +79,7 @@ def evaluate(run, held_out="other-animals", steps=(), judges=(), count=64, **cha
         rows.append(row | {"seconds": seconds})
         print(f"{weights:8}{name:10}{n:5}", *cells, f"{seconds:9.4f}", flush=True)
 
-    write_rows(rows, run / "evaluation.csv")
+    rlcm.write_rows(rows, run / "evaluation.csv")
     save_figure(rows, rewards, f"reward: {cfg.reward}", run / "evaluation.png")
     print(f"wrote {run}/evaluation.csv and {run}/evaluation.png")
     return rows

@@ -7,7 +7,6 @@ Runs that differ only in their seed are one line: the mean of `reward_mean` in t
 one standard deviation over the seeds or, for a single run, over the images of an epoch: `reward_std`.
 A line's label is the settings in which the lines differ.
 """
-import csv
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -18,27 +17,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import rlcm
-from bench.sample import Parser
+from bench.common import Parser, read_rows
 
 COLUMNS = "images", "seconds", "reward_mean", "reward_std"
 NO_SETTING = "seed", "out", "save_every", "log_with"  # runs on one line may differ in these
-
-
-# ---- Also used by other scripts
-def number(text):
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def read_rows(path):
-    """Rows of a csv file as dicts, numbers as floats. Raises BadInput if there are none."""
-    with rlcm.explained(f"{path} cannot be read, train the run first"):
-        with open(path, newline="") as file:
-            rows = [{name: number(text) for name, text in row.items()} for row in csv.DictReader(file)]
-        rlcm.require(rows, f"{path} is empty: train the run first")
-    return rows
 
 
 def read_metrics(run):
@@ -48,7 +30,6 @@ def read_metrics(run):
         return np.array([[row[name] for row in rows] for name in COLUMNS], float)
 
 
-# ---- The script
 @matplotlib.rc_context({"text.parse_math": False})  # a $ in a prompt is not a formula
 def curves(runs, path):
     """Draw the curves of runs into one file. Raises BadInput."""
@@ -72,9 +53,12 @@ def curves(runs, path):
     axes = figure.subplots(1, 2, sharey=True)
     for settings, members in lines:
         label = ", ".join(f"{name} {settings[name]}" for name in names)
-        for column, axis in enumerate(axes):
+        for column, (name, axis) in enumerate(zip(COLUMNS, axes)):
             start = max(m[column, 0] for m in members)
-            end = min(m[column, -1] for m in members)
+            ends = [m[column, -1] for m in members]
+            end = min(ends)
+            if end < 0.9 * max(ends):
+                print(f"{label or 'the line'} ends at {end:.0f} {name}, where the shortest of its runs ends")
             grid = np.linspace(start, end, 200)
             rewards = np.array([np.interp(grid, m[column], m[2]) for m in members])  # (runs, 200)
             mean = rewards.mean(0)

@@ -1,26 +1,23 @@
 """SANA-Sprint (arXiv 2503.09641), a consistency model for images of 1024 px in one to four steps, with RLCM.
 
-    python rlcm.py --model examples/sana_sprint.py:sana_600m --reward aesthetic
-    python rlcm.py --model examples/sana_sprint.py:sana_1_6b --reward aesthetic --steps 2
+    python rlcm.py --model examples/sana_sprint.py:sana_600m --reward aesthetic      # or sana_1_6b
 
-SanaSprint(pipe, cfg) takes any SanaSprintPipeline that is loaded and on its device, say from a folder.
-
-SANA-Sprint's time is an angle t: a latent is cos(t) times a clean one plus sin(t) sigma_data times noise, with
-the scheduler's sigma_data. Each step predicts the clean latent and adds noise at the next angle: --method rlcm.
+Its time is an angle t: a latent is cos(t) times a clean one plus sin(t) sigma_data times noise, with the
+scheduler's sigma_data. A step predicts the clean latent and adds noise at the next angle: --method rlcm.
 """
 import inspect
 
 import torch
 from diffusers import SanaSprintPipeline
 
-from rlcm import DiffusersModel, make_schedule, require
+from rlcm import DTYPES, DiffusersModel, make_schedule, require
 
 # What the text encoder is asked to do with a prompt: a default of the pipeline's call, not of encode_prompt.
 INSTRUCTION = inspect.signature(SanaSprintPipeline.__call__).parameters["complex_human_instruction"].default
 
 
 class SanaSprint(DiffusersModel):
-    """A LoRA on the transformer of a SanaSprintPipeline."""
+    """A LoRA on the transformer of any SanaSprintPipeline that is loaded and on its device."""
 
     component = "transformer"  # it takes the guidance scale as an input
 
@@ -38,14 +35,16 @@ class SanaSprint(DiffusersModel):
         noise = t.sin() * scheduler.config.sigma_data
         now = signal[:-1], noise[:-1]
         after = signal[1:], noise[1:]
-        return make_schedule(scheduler.timesteps[:-1], now, after, torch.ones(H), start=scheduler.config.sigma_data)
+        start = scheduler.config.sigma_data
+        return make_schedule(scheduler.timesteps[:-1], now, after, torch.ones(H), start=start)
 
     def encode(self, prompts):
         """B strings -> (B, L, E) and an attention mask (B, L)."""
+        self.warn_if_longer(prompts, 300)  # the pipeline's max_sequence_length
         return self.pipe.encode_prompt(prompts, device=self.device, complex_human_instruction=INSTRUCTION)
 
     def predict(self, x, t, c):
-        """The velocity that the scheduler takes. The network is a rectified flow: it has another scale and time."""
+        """The velocity that the scheduler takes. The network is a flow with another scale and time."""
         embeddings, mask = c
         sigma_data = self.pipe.scheduler.config.sigma_data
         time = t.sin() / (t.cos() + t.sin())
@@ -68,22 +67,18 @@ class SanaSprint(DiffusersModel):
         return super().decode(x / self.pipe.scheduler.config.sigma_data)
 
 
-def load(source, cfg, device):
-    dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
-    return SanaSprint(SanaSprintPipeline.from_pretrained(source, dtype=dtype).to(device), cfg)
+def loader(source, **settings):
+    """A function for --model, with RLCM's settings for compress, and micro-batches for a card of 24 GB."""
+    def load(cfg, device):
+        pipe = SanaSprintPipeline.from_pretrained(source, dtype=DTYPES[cfg.precision])
+        return SanaSprint(pipe.to(device), cfg)
+
+    load.settings = settings | dict(
+        precision="bf16", resolution=1024, steps=4, epochs=1000, batch_size=16, micro_batch=2, lr=1e-4,
+        guidance_scale=4.5, lora_alpha=32, buffer_size=16, min_count=16, save_every=10,
+    )  # fmt: skip
+    return load
 
 
-def sana_600m(cfg, device):
-    return load("Efficient-Large-Model/Sana_Sprint_0.6B_1024px_diffusers", cfg, device)
-
-
-def sana_1_6b(cfg, device):
-    return load("Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers", cfg, device)
-
-
-# RLCM's settings for compress, the pipeline's guidance scale, and micro-batches for a card of 24 GB.
-sana_600m.settings = dict(
-    precision="bf16", resolution=1024, steps=4, epochs=1000, batch_size=16, micro_batch=2, lr=1e-4,
-    guidance_scale=4.5, lora_rank=16, lora_alpha=32, buffer_size=16, min_count=16, save_every=10,
-)  # fmt: skip
-sana_1_6b.settings = sana_600m.settings | dict(gradient_checkpointing=True)
+sana_600m = loader("Efficient-Large-Model/Sana_Sprint_0.6B_1024px_diffusers")
+sana_1_6b = loader("Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers", gradient_checkpointing=True)

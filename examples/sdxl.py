@@ -22,8 +22,9 @@ A pipeline of your own takes three lines in a file, here for --model my_sdxl.py:
 Small random models draw what their plain pipelines draw. The real weights, and any GPU, have not been tried.
 """
 import torch
+from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
-from rlcm import StableDiffusion, require
+from rlcm import DTYPES, StableDiffusion, require
 
 BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 
@@ -48,6 +49,7 @@ class SDXL(StableDiffusion):
     @torch.no_grad()
     def encode(self, prompts):
         """B strings -> inputs of the U-Net; with classifier-free guidance 2B rows, first B empty prompts."""
+        self.warn_if_longer(prompts, self.pipe.tokenizer.model_max_length)
         options = dict(device=self.device, do_classifier_free_guidance=self.guided)
         c, empty, pooled, empty_pooled = self.pipe.encode_prompt(prompts, **options)
         if self.guided:
@@ -60,46 +62,35 @@ class SDXL(StableDiffusion):
         return dict(encoder_hidden_states=c, added_cond_kwargs=added, timestep_cond=w)
 
 
-def load(cfg, device, source, unet=None, lora=None, file=None, **scheduler):
-    """The pipeline `source` with a few-step U-Net or LoRA and an LCMScheduler, as an SDXL."""
-    from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+def loader(guidance_scale, source=BASE, unet=None, lora=None, file=None, **scheduler):
+    """A function for --model: the pipeline `source` with a few-step U-Net or LoRA and an LCMScheduler."""
+    def load(cfg, device):
+        precision = DTYPES[cfg.precision]
+        options = dict(variant="fp16")
+        if unet:
+            options["unet"] = UNet2DConditionModel.from_pretrained(unet, dtype=torch.float32, **options)
+        dtypes = dict(default=precision, unet=torch.float32, vae=torch.float32)
+        pipe = StableDiffusionXLPipeline.from_pretrained(source, dtype=dtypes, **options)
+        pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, **scheduler)
 
-    precision = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
-    options = dict(variant="fp16")
-    if unet:
-        options["unet"] = UNet2DConditionModel.from_pretrained(unet, dtype=torch.float32, **options)
-    dtypes = dict(default=precision, unet=torch.float32, vae=torch.float32)
-    pipe = StableDiffusionXLPipeline.from_pretrained(source, dtype=dtypes, **options)
-    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, **scheduler)
+        # The LoRA becomes part of the U-Net, and so of the reference. It is added in float32: bf16 would
+        # round away what is small beside a weight.
+        if lora:
+            pipe.load_lora_weights(lora, weight_name=file)
+            pipe.fuse_lora()
+            pipe.unload_lora_weights()
+        pipe.unet.to(precision)
+        return SDXL(pipe.to(device), cfg)
 
-    # The LoRA becomes part of the U-Net, and so of the reference. It is added in float32: bf16 would round
-    # away what is small beside a weight.
-    if lora:
-        pipe.load_lora_weights(lora, weight_name=file)
-        pipe.fuse_lora()
-        pipe.unload_lora_weights()
-    pipe.unet.to(precision)
-    return SDXL(pipe.to(device), cfg)
-
-
-def lcm_lora(cfg, device):
-    return load(cfg, device, BASE, lora="latent-consistency/lcm-lora-sdxl")
-
-
-def lcm(cfg, device):
-    return load(cfg, device, BASE, unet="latent-consistency/lcm-sdxl")
-
-
-def ssd_1b(cfg, device):
-    return load(cfg, device, "segmind/SSD-1B", unet="latent-consistency/lcm-ssd-1b")
-
-
-def dmd2(cfg, device):
-    """At the timesteps of its training: 999, 749, 499, 249. LCMScheduler's default is 999, 759, 499, 259."""
-    file = "dmd2_sdxl_4step_lora_fp16.safetensors"
-    return load(cfg, device, BASE, lora="tianweiy/DMD2", file=file, original_inference_steps=4)
+    load.settings = SETTINGS | dict(guidance_scale=guidance_scale)
+    return load
 
 
 # Guidance as published: none for the LoRAs, 8 for the U-Nets, which were distilled at 3 to 13.
-lcm_lora.settings = dmd2.settings = SETTINGS | dict(guidance_scale=1.0)
-lcm.settings = ssd_1b.settings = SETTINGS | dict(guidance_scale=8.0)
+lcm_lora = loader(1.0, lora="latent-consistency/lcm-lora-sdxl")
+lcm = loader(8.0, unet="latent-consistency/lcm-sdxl")
+ssd_1b = loader(8.0, "segmind/SSD-1B", unet="latent-consistency/lcm-ssd-1b")
+
+# At the timesteps of its training, 999, 749, 499 and 249: LCMScheduler's default is 999, 759, 499 and 259.
+DMD2 = "dmd2_sdxl_4step_lora_fp16.safetensors"
+dmd2 = loader(1.0, lora="tianweiy/DMD2", file=DMD2, original_inference_steps=4)

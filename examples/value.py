@@ -7,8 +7,9 @@ much about the final reward. What it predicts is subtracted from the advantage:
 
     A_k = (r - mean r) / std r - V(x_k),    V(x_k) = a_k + b_k (g_k - mean r) / std r
 
-with a_k and b_k fitted by least squares. V depends on the state alone, so the gradient has less variance and
-the same mean, up to O(1/B) as V is fitted to the batch. It costs a decoding and a reward per step.
+with a_k and b_k fitted by least squares. V depends on the state alone, so the gradient keeps its mean, up to
+O(1/B) as V is fitted to the batch. Least squares makes A_k small, which usually lowers the gradient's
+variance. It costs a decoding and a reward per step.
 """
 import argparse
 import sys

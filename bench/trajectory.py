@@ -1,0 +1,90 @@
+"""How images come about: two trajectories of one prompt, one rewarded above the prompt's average, one below.
+
+    python bench/trajectory.py runs/NAME "cat"                     # writes runs/NAME/trajectory.png
+    python bench/trajectory.py runs/NAME "cat" --weights base      # of the pretrained model alone
+
+For each trajectory, the latents x_0 to x_H are decoded, and below each is the clean image that the model
+predicts from it. Between them stands the std of the noise that a step adds, at the end the reward and the
+advantage, which is how far the reward lies above the average of 32 images of the prompt, in their standard
+deviations. Base and tuned model start from the same noise and draw the same noise in each step.
+"""
+import contextlib
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+
+import rlcm
+from bench.common import Parser, open_run
+from rewards import get_reward
+
+COUNT = 32
+
+
+@torch.no_grad()
+def trajectories(model, cfg, prompt):
+    """Decoded latents, H + 1 of (B, 3, H, W), decoded predictions, H of them, the stds, the rewards (B,)."""
+    s = model.schedule(cfg.steps)
+    c = model.encode([prompt] * COUNT)
+    z = torch.randn(cfg.steps + 1, COUNT, *model.shape, generator=torch.Generator().manual_seed(0))
+    predictions = []
+
+    def denoise(x, k, c, s):
+        predictions.append(model.denoise(x, k, c, s))
+        return predictions[k]
+
+    x, _, _ = rlcm.rollout(denoise, s, c, z.to(model.device))
+    images = [model.decode(latents) for latents in x]
+    stds = (s.noise_next * s.new.sqrt()).tolist()
+    r = get_reward(cfg.reward, cfg.model)(images[-1], [prompt] * COUNT, cfg.micro_batch)
+    return images, [model.decode(latents) for latents in predictions], stds, r
+
+
+@matplotlib.rc_context({"text.parse_math": False})
+def draw(run, prompt, out, weights):
+    """Draw the figure. Returns its path. Raises BadInput."""
+    cfg, model = open_run(run)
+    rlcm.load_checkpoint(run, model)
+    states = {"base": model.reference, "tuned": contextlib.nullcontext}
+    H = cfg.steps
+    figure = Figure(figsize=(1.7 * (H + 1), 4.2 * len(weights) * 2 * 0.85), layout="constrained")
+    axes = iter(figure.subplots(4 * len(weights), H + 1).reshape(-1, 2, H + 1))
+    shown = None
+    for name in weights:
+        with states[name]():
+            images, predictions, stds, r = trajectories(model, cfg, prompt)
+        A = rlcm.advantages(r, [prompt] * COUNT, {}, COUNT, 1, 10.0)
+        shown = shown or (r.argmax().item(), r.argmin().item())  # of the base, which comes first
+        for i in shown:
+            above, below = next(axes)
+            for k in range(H + 1):
+                above[k].imshow(images[k][i].permute(1, 2, 0).cpu())
+                above[k].set_title(f"x_{k}" if k < H else f"reward {r[i]:.2f}, A {A[i]:+.2f}", fontsize=9)
+                if k < H:
+                    below[k].imshow(predictions[k][i].permute(1, 2, 0).cpu())
+                    added = f"then noise of std {stds[k]:.2f}" if stds[k] else "no noise"
+                    below[k].set_xlabel(added, fontsize=9)
+            above[0].set_ylabel(name)
+            below[0].set_ylabel("predicted")
+    for axis in figure.axes:
+        axis.set(xticks=[], yticks=[])
+        axis.set_frame_on(False)
+    path = Path(out or Path(run) / "trajectory.png")
+    figure.savefig(path, dpi=100)
+    return path
+
+
+def main(argv=None):
+    p = Parser("trajectory", __doc__)
+    p.add_argument("run", metavar="RUN", help="a run's folder")
+    p.add_argument("prompt", metavar="PROMPT")
+    p.add_argument("--weights", nargs="+", choices=("base", "tuned"), default=("base", "tuned"))
+    p.add_argument("--out", metavar="FILE", help="default: RUN/trajectory.png")
+    return p.run(lambda args: print(f"wrote {draw(args.run, args.prompt, args.out, args.weights)}"), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
