@@ -208,11 +208,11 @@ def make_schedule(t, level, level_next, new=None, **others):
 METHODS = {
     "rlcm": SimpleNamespace(
         schedule=rlcm_schedule, scheduler="LCMScheduler", options={}, step_options={}, checked_as="rlcm",
-        tiny="tiny/lcm",
+        tiny="tiny/lcm"
     ),
     "ddpo": SimpleNamespace(
         schedule=ddpo_schedule, scheduler="DDIMScheduler", options={"clip_sample": False},
-        step_options={"eta": 1.0}, checked_as="ddpo", tiny="tiny/sd",
+        step_options={"eta": 1.0}, checked_as="ddpo", tiny="tiny/sd"
     ),
 }  # fmt: skip
 METHODS["score"] = SimpleNamespace(**vars(METHODS["ddpo"]) | {"schedule": score_schedule})
@@ -485,8 +485,7 @@ class DiffusersModel:
         name = type(scheduler).__name__
         require(len(s.t) == H, f"the {name} gives {len(s.t)} timesteps for --steps {H}: choose another")
         generator = torch.Generator()
-        z, output = torch.randn(2, 1, *self.shape, generator=generator)
-        x = s.start * z
+        x, output = torch.randn(2, 1, *self.shape, generator=generator)
         for k, t in enumerate(s.t):
             generator.manual_seed(k)
             theirs = scheduler.step(output, t, x, generator=generator, **self.step_options).prev_sample
