@@ -281,19 +281,18 @@ def advantages(r, prompts, history, buffer_size, min_count, adv_clip):
     """
     r = r.double().view(len(prompts))  # otherwise integers would truncate A, and (B, 1) would make it (B, B)
     A = torch.zeros_like(r)
-    for prompt in dict.fromkeys(prompts):
+    for prompt in set(prompts):
         i = [n for n, other in enumerate(prompts) if other == prompt]
         latest = history.get(prompt, []) + r[i].tolist()
         history[prompt] = latest[-max(buffer_size, len(i)) :]
-        enough = len(history[prompt]) >= min_count
-        seen = r.new_tensor(history[prompt]) if enough else r
+        seen = r.new_tensor(history[prompt]) if len(history[prompt]) >= min_count else r
         std = seen.std(correction=0)
         if std > 1e-6 * seen.abs().max():  # otherwise the rewards are equal up to rounding and A stays 0
             A[i] = (r[i] - seen.mean()) / std
     return A.clamp(-adv_clip, adv_clip).float()
 
 
-def policy_loss(log_p, log_p_old, A, algo="ppo", clip_range=1e-4):
+def policy_loss(log_p, log_p_old, A, clip_range, algo="ppo"):
     """Loss and ratio of n actions, all (n,). Official: inside ppo_training_loop, and inside main of train.py.
 
     With one optimizer step per rollout the ratio is 1, nothing is clipped, and PPO's gradient is REINFORCE's.
@@ -407,8 +406,10 @@ def load_model(cfg, device):
     if source == "tiny":
         source = f"{Path(__file__).parent}/{METHODS[cfg.method].tiny}"
     kind = DiffusionPipeline.load_config(source)["_class_name"]
-    known = kind in ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
-    require(known, f"{source} is a {kind}, not a StableDiffusionPipeline or an LCM: see examples/")
+    require(
+        kind in ("StableDiffusionPipeline", "LatentConsistencyModelPipeline"),
+        f"{source} is a {kind}, not a StableDiffusionPipeline or an LCM: see examples/"
+    )
     pipe = DiffusionPipeline.from_pretrained(source, dtype=DTYPES[cfg.precision], safety_checker=None)
     return StableDiffusion(pipe.to(device), cfg)
 
@@ -448,10 +449,8 @@ class DiffusersModel:
         self.device = pipe.device
         self.network = getattr(pipe, self.component)
         self.dtype = DTYPES[cfg.precision]
-        right = self.network.dtype == self.dtype
-        require(right, f"load the pipeline with dtype={self.dtype}, or change --precision")
-        lora = getattr(self.network, "peft_config", None)
-        require(not lora, "the pipeline has a LoRA: fuse_lora() and unload_lora_weights() first")
+        require(self.network.dtype == self.dtype, f"load the pipeline with dtype={self.dtype}")
+        require(not getattr(self.network, "peft_config", None), "first fuse_lora(), unload_lora_weights()")
         self.set_up()
         unit = pipe.vae_scale_factor * self.patch
         require(cfg.resolution % unit == 0, f"--resolution {cfg.resolution}: must be a multiple of {unit}")
@@ -460,6 +459,7 @@ class DiffusersModel:
 
         # Everything is frozen except a new LoRA, whose weights are float32 whatever the network's dtype.
         pipe.vae.requires_grad_(False)
+        pipe.vae.use_slicing = cfg.resolution >= 512  # decodes image by image: 1 GB instead of 4, or more
         self.network.requires_grad_(False)
         lora = LoraConfig(
             r=cfg.lora_rank,
@@ -625,8 +625,9 @@ def train(cfg, resume=False, on_epoch=None):
     B = cfg.batch_size
     reward = get_reward(cfg.reward, cfg.model)
     prompts = get_prompts(f"{out}/prompts.txt" if resume else cfg.prompts)
+    hint = " (CUDA finds no GPU: is its driver too old?)" if cpu and torch.version.cuda else ""
     accelerator.print(
-        f"{cfg.method} on {cfg.model}, device {accelerator.device}, folder {out}\n"
+        f"{cfg.method} on {cfg.model}, device {accelerator.device}{hint}, folder {out}\n"
         f"reward {cfg.reward}; {len(prompts)} prompts, the first is {prompts[0]!r}"
     )
 
@@ -698,7 +699,7 @@ def train(cfg, resume=False, on_epoch=None):
                 for i, c, x, log_p_old, mean_ref in minibatch:
                     mean, std = policy(model.denoise, x[k], k, c, s)
                     log_p = log_prob(x[k + 1], mean, std)
-                    loss, ratio = policy_loss(log_p, log_p_old[k], A_k[i, k], cfg.algo, cfg.clip_range)
+                    loss, ratio = policy_loss(log_p, log_p_old[k], A_k[i, k], cfg.clip_range, cfg.algo)
                     if cfg.kl > 0:  # lambda grad KL_k, averaged over D as the log-prob is
                         loss += cfg.kl * gaussian_kl(mean, mean_ref[k], std) / math.prod(model.shape)
                     (loss.sum() / actions_per_update).backward()

@@ -456,7 +456,7 @@ def test_on_epoch_may_add_columns_and_is_not_timed(play, tmp_path):
 def test_ppo_clips_only_what_profits():
     A = torch.tensor([1.0, 1.0, -1.0, -1.0])
     log_p = torch.tensor([0.5, -0.5, 0.5, -0.5], requires_grad=True)
-    loss, ratio = policy_loss(log_p, torch.zeros(4), A, "ppo", 0.1)
+    loss, ratio = policy_loss(log_p, torch.zeros(4), A, 0.1)
     loss.sum().backward()
     assert_close(ratio, log_p.detach().exp())
     assert_close(loss.detach(), torch.tensor([-1.1, -math.exp(-0.5), math.exp(0.5), 0.9]))

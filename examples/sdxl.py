@@ -87,7 +87,7 @@ def loader(guidance_scale, source=BASE, unet=None, lora=None, file=None, **sched
 
 
 # Guidance as published: none for the LoRAs, 8 for the U-Nets, which were distilled at 3 to 13.
-lcm_lora = loader(1.0, lora="latent-consistency/lcm-lora-sdxl")
+lcm_lora = loader(1.0, lora="latent-consistency/lcm-lora-sdxl", file="pytorch_lora_weights.safetensors")
 lcm = loader(8.0, unet="latent-consistency/lcm-sdxl")
 ssd_1b = loader(8.0, "segmind/SSD-1B", unet="latent-consistency/lcm-ssd-1b")
 
