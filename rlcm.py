@@ -1,8 +1,8 @@
-"""RLCM in one file: fine-tune a few-step text-to-image model on any reward with policy gradients.
+"""RLCM in one file: fine-tune a text-to-image model on any reward with policy gradients.
 
     python rlcm.py --reward compress --steps 4              # train: writes images and a LoRA to runs/NAME/
     python rlcm.py --reward my_reward.py:redness --prompts my_prompts.txt
-    python rlcm.py --method ddpo --reward compress          # or score: the same loop with other noise
+    python rlcm.py --method ddpo --reward compress          # or score: the same loop, another sampler
     python rlcm.py --model SimianLuo/LCM_Dreamshaper_v7     # the paper's model; the default is a tiny one
     python rlcm.py --model my_model.py:load                 # a network of your own: see class DiffusersModel
     python rlcm.py --resume runs/NAME                       # resume an interrupted run
@@ -10,43 +10,48 @@
 
 THE IDEA
 A consistency model samples an image in a few steps: each step predicts the clean image, then re-noises it
-with less noise. So every latent on the way is drawn from a Gaussian whose mean is the network's output, and
-its log-probability has a closed form. A reward scores the finished image, and steps that led to above-average
-images for their prompt become more likely. Diffusion models and reverse-time SDEs take the same kind of step,
-but they keep some of the noise that they see. Nothing else differs, so one loop trains all three.
+with less noise. So every latent on the way is drawn from a Gaussian whose mean is the prediction, scaled to
+the next level, and its log-probability has a closed form. A reward scores the finished image, and steps that
+led to above-average images for their prompt become more likely. Diffusion models and reverse-time SDEs take
+the same kind of step, but keep part of the noise that they predict. So one loop trains all three.
 
-THE OBJECTIVE
+THE OBJECTIVE (on the right: the function that computes it)
 Sampling is a Markov decision process: the state is (x_k, t_k, c), the action is the next latent x_{k+1}, and
-the reward comes at the end. A latent is a mixture, signal * clean latent + noise * z with z ~ N(0, I). A step
-predicts the clean latent, pred_x0, and with it the noise eps in x_k. It keeps part of eps and draws a share
-`new` of the next level's noise anew (a prime: the next level):
+the reward comes at the end. A latent is alpha_t * clean latent + sigma_t * z, z ~ N(0, I); alpha_t is called
+signal here, and sigma_t noise. A step predicts the clean latent, pred_x0, and with it the noise eps in x_k.
+It keeps part of eps and draws a share `new` of the next level's noise variance afresh. Deterministic DDIM has
+new = 0. A prime marks the level of x_{k+1}:
 
-    x_{k+1} ~ N( signal' pred_x0 + sqrt(1 - new) noise' eps,  new noise'^2 I )                     policy
+    x_{k+1} ~ N( signal' pred_x0 + sqrt(1 - new) noise' eps,  new noise'^2 I )              policy
     eps = (x_k - signal pred_x0) / noise
 
-    RLCM      new = 1: nothing is kept. pred_x0 is the consistency function, and fresh noise is added to it.
+    RLCM      new = 1: nothing is kept. pred_x0 is the consistency function (an LCM adds c_skip x_k, which is
+              about 0), and fresh noise is added to it.
     DDPO      new = 1 - (signal noise' / (signal' noise))^2: DDIM with eta = 1.
-    Scores    the same share, in continuous time. The score is -eps / noise, and where it is the true score,
-    as Acts.  the mean is that of the reverse-time SDE for a step of any length.
+    SaA       Scores as Actions: the same share, at levels of continuous time. The score is -eps / noise. If
+              it is the true score, the mean is the reverse-time SDE's for a step of any length, here and in
+              DDPO; the std is the SDE's for short steps only.
 
     J(theta) = E[ r(decode(x_H), c) ]                                       rollout
-    grad J   ~ E[ sum_k A grad log p_theta(x_{k+1} | x_k, c) ]              log_prob, policy_loss
+    grad J   ≈ E[ sum_k A grad log p_theta(x_{k+1} | x_k, c) ]              log_prob, policy_loss
     A        = (r - mean r) / std r, per prompt                             advantages
 
-A step that adds no noise has no density: it is not an action, and the sums over k leave it out. So grad J is
-not an equality: such a last step depends on theta, too, but its derivative is dropped, as in RLCM. It would
-take a reward that can be differentiated (examples/differentiable.py). Dividing by each prompt's std reweights
-the prompts, and mean r includes rewards of slightly older policies.
+A step that adds no noise has no density: it is not an action, and the sums over k leave it out. This is one
+reason for the ≈: such a last step depends on theta, too, but its derivative is dropped, as in RLCM, since it
+would take a reward that can be differentiated (examples/differentiable.py). The others: dividing by each
+prompt's std reweights the prompts; mean r has the image's own reward in it, and those of slightly older
+policies; and the code's loss is 1 / (D * number of actions) of this.
 
-Scores as Actions adds a KL penalty towards the pretrained model (--kl lambda), with r in the units of A:
+The KL penalty of Scores as Actions (--kl lambda, for every method, 0 by default) keeps the policy near the
+pretrained model. Here r is standardised as in A:
 
     J(theta) = E[ r - lambda sum_k KL_k ]                                   path_kl
     KL_k     = |mean_theta - mean_ref|^2 / (2 std_k^2)                      gaussian_kl
-    grad J   ~ E[ sum_k A_k grad log p_theta - lambda sum_k grad KL_k ]     train
+    grad J   ≈ E[ sum_k A_k grad log p_theta - lambda sum_k grad KL_k ]     train
     A_k      = A - lambda (G_k - mean G_k),  G_k = sum_{j>k} KL_j           G_k is the KL-to-go
 
-mean G_k is that of the batch. KL_k is not in A_k: it depends on x_k, not on the action drawn there, so its
-gradient is taken directly. An action is only charged for the KL of later steps, whose states it changes.
+mean G_k is the batch's, for each k. KL_k depends on theta and x_k, but not on the action drawn at k: in A_k
+it would only add variance. An action is charged for the KL of later steps, whose states it changes.
 
 IN NUMBERS
     rlcm, 4 steps of tiny/lcm                          ddpo, 5 steps of tiny/sd
@@ -65,9 +70,10 @@ GLOSSARY      shape           meaning; symbol in the papers
     k                         index of the step, an int
     c                         encoded prompts: whatever model.encode returns
     s                         schedule. Tensors (H,): s.t, timestep of each step (tau_n in RLCM); s.signal and
-                              s.noise before it; s.signal_next and s.noise_next after it; s.new, share of the
-                              noise drawn anew; s.c_skip and s.c_out, 0 and 1 but for an LCM. And s.start, std
-                              of x_0; s.actions, list of the steps that add noise
+                              s.noise, the level before it; s.signal_next and s.noise_next, the level after
+                              it; s.new, the share of noise variance drawn afresh, so std_k^2 = new noise'^2;
+                              s.c_skip and s.c_out, 0 and 1 but for an LCM. And s.start, the std of x_0;
+                              s.actions, a list of the steps that add noise
     denoise   a function      denoise(x, k, c, s) -> pred_x0: the network
     pred_x0   (B, C, h, w)    predicted clean latent; x_0 hat in the papers
     eps       (B, C, h, w)    the noise in x that pred_x0 implies
@@ -78,8 +84,8 @@ GLOSSARY      shape           meaning; symbol in the papers
 PAPERS on arXiv: RLCM 2404.03673, RL for Consistency Models. LCM 2310.04378, Latent Consistency Models.
     DDPO 2305.13301, Training Diffusion Models with Reinforcement Learning. DDIM 2010.02502. PPO 1707.06347.
     SaA 2409.08400, Scores as Actions, and 2502.01819. Differences from the official code: docs/papers.md.
-    "Official" names functions of Owen-Oertell/rlcm (b8330ed), then of kvablack/ddpo-pytorch (1958463).
-NOT HERE: full fine-tuning, fp16, value functions. What goes beyond the papers: examples/.
+    "Official:" names the functions of Owen-Oertell/rlcm (b8330ed), then of kvablack/ddpo-pytorch (1958463).
+NOT HERE: full fine-tuning of a pipeline, fp16, value functions. What goes beyond the papers: examples/.
 """
 import contextlib
 import csv
@@ -134,8 +140,9 @@ def policy(denoise, x, k, c, s):
 #   RLCM, section 4 (nothing kept)       mean  sqrt(ab') f_theta(x, t),  std  sqrt(1 - ab')
 #   DDPO: DDIM, eq. 12                   mean  sqrt(ab') pred_x0 + sqrt(1 - ab' - std^2) eps
 #         DDIM, eq. 16, eta = 1          std   sqrt((1 - ab') / (1 - ab)) sqrt(1 - ab / ab')
-#   Scores as Actions: rho = ab / ab',   mean  (x + (1 - rho) a) / sqrt(rho),  std as in DDPO
-#         score a = -eps / noise         In small steps: x + (beta x / 2 + beta a) dt,  std sqrt(beta dt)
+#   SaA: with the score a = -eps / noise and rho = ab / ab', the mean is (x + (1 - rho) a) / sqrt(rho).
+#         In steps that are short beside the distance to the data, it is x + (beta x / 2 + beta a) dt, and
+#         the std sqrt(beta dt). With 6 steps the std is 0.5 to 0.7 of that.
 
 
 # ---- Schedules, from the model's own scheduler: a LoRA is trained on the timesteps it is sampled with
@@ -151,7 +158,10 @@ def rlcm_schedule(scheduler, cfg):
 
 
 def ddpo_schedule(scheduler, cfg):
-    """Schedule of cfg.steps from a DDIMScheduler with eta = 1. Its last step adds noise if DDIM's does."""
+    """Schedule of cfg.steps from a DDIMScheduler with eta = 1.
+
+    Its last step adds noise, too, unless the scheduler has set_alpha_to_one.
+    """
     scheduler.set_timesteps(cfg.steps)
     t = scheduler.timesteps
     t_next = t - scheduler.config.num_train_timesteps // cfg.steps  # as in DDIMScheduler.step
@@ -165,9 +175,9 @@ def score_schedule(scheduler, cfg):
     """Continuous time: the SDE dX = -1/2 beta X dt + sqrt(beta) dB of the model's betas.
 
     It has alpha_bar(t) = exp(-integral of beta up to t). The levels are even in the square root of that
-    integral, so steps are small near the data. The last one reaches them without noise: H - 1 actions.
+    integral, so steps are small near the data. The last one reaches alpha_bar = 1: H - 1 actions.
     """
-    integral = -scheduler.alphas_cumprod.double().log()  # up to t = 0 .. 999; linear in between
+    integral = -scheduler.alphas_cumprod.double().log()  # at t = 0 .. 999, interpolated linearly
     smallest = max(1 / cfg.steps, (integral[0] / integral[-1]).sqrt().item())
     grid = integral[-1] * torch.linspace(1, smallest, cfg.steps).double() ** 2
     t = torch.from_numpy(np.interp(grid, integral, range(len(integral)))).float()
@@ -201,10 +211,11 @@ def make_schedule(t, level, level_next, new=None, **others):
     return s
 
 
-# A new sampler is one entry here. `scheduler` is the diffusers class that people sample with: a model with
-# another one is converted to it with `options`, or refused if there are none. When a run starts, the steps of
-# `checked_as` are compared with the scheduler's step(**step_options): score's levels are its own, so ddpo's
-# stand for them. `tiny` is the embedded model to train.
+# A new sampler is one entry here. `scheduler` names a diffusers class. A pipeline with another scheduler is
+# converted with from_config(**options), or refused if there are no options. When a run starts, every step of
+# the schedule of `checked_as` is compared with that scheduler's step(**step_options). A method that no
+# scheduler samples names a relative there, as score does: its own schedule is not checked then. `tiny` is the
+# embedded model to train.
 METHODS = {
     "rlcm": SimpleNamespace(
         schedule=rlcm_schedule, scheduler="LCMScheduler", options={}, step_options={}, checked_as="rlcm",
@@ -220,11 +231,11 @@ METHODS["score"] = SimpleNamespace(**vars(METHODS["ddpo"]) | {"schedule": score_
 
 # ---- Log-prob, KL, rollout, advantages and loss
 def log_prob(x_next, mean, std):
-    """log N(x_next; mean, std^2 I), averaged over the D elements of a latent.
+    """Mean over the D elements of a latent of log N(x_next; mean, std^2 I).
 
     x_next and mean are (B, C, h, w), std is a scalar; returns (B,), in float32 whatever it is given. The
-    official code averages, too, so the clip range is smaller than usual: 1e-4 is 1.6 on the summed log-ratio
-    of a 4 x 64 x 64 latent (D = 16,384), and 0.077 on tiny's (D = 768). Official: as for `policy`.
+    official code takes the mean, too, so the ratio is the D-th root of the true one: a clip range of 1e-4
+    allows 1.6 on the summed log-ratio of a 4 x 64 x 64 latent (D = 16,384) and 0.077 on tiny's (D = 768).
     """
     log_p = -((x_next.float() - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
     return log_p.mean((1, 2, 3))
@@ -233,8 +244,8 @@ def log_prob(x_next, mean, std):
 def gaussian_kl(mean, mean_ref, std):
     """KL( N(mean, std^2 I) || N(mean_ref, std^2 I) ) in nats, summed over the D elements of a latent.
 
-    mean and mean_ref are (B, C, h, w), std is a scalar; returns (B,). With the score a as the action and in
-    small steps, it is 1/2 beta dt |a_theta - a_ref|^2 (Girsanov's theorem). Few steps are not small.
+    mean and mean_ref are (B, C, h, w), std is a scalar; returns (B,). In steps that are short beside the
+    distance to the data it is Girsanov's 1/2 beta dt |a_theta - a_ref|^2. The last steps never are.
     """
     return ((mean - mean_ref) ** 2).sum((1, 2, 3)) / (2 * std**2)
 
@@ -262,7 +273,8 @@ def rollout(denoise, s, c, z):
 def path_kl(denoise_ref, s, c, x, means):
     """KL_k along a rollout's x and means. Returns mean_ref, a dict: action k -> (B, C, h, w), and kl (B, H).
 
-    The expected sum of KL_k bounds the KL of the latents after the last action.
+    If all steps before are actions, the expected sum of KL_k bounds from above the KL of the latents after
+    the last action from the reference's. What a last step without noise makes of them is not covered.
     """
     mean_ref = {}
     kl = x[0].new_zeros(len(x[0]), len(means))
@@ -327,7 +339,7 @@ class Config:
     epochs: int = flag(27, "number of rollouts")
     batch_size: int = flag(64, "B, images per rollout")
     micro_batch: int = flag(32, "images per network pass and per reward call; affects only memory and speed")
-    group_size: int = flag(1, "images per prompt in a batch; GRPO if --buffer-size is no larger")
+    group_size: int = flag(1, "images per prompt in a batch; A is GRPO's if --buffer-size is at most this")
     updates: int = flag(1, "optimizer steps per epoch, each on an equal part of the batch")
     lr: float = flag(9e-4, "learning rate of Adam")
     kl: float = flag(0.0, "lambda: penalty per nat of KL, in standard deviations of the reward")
@@ -351,7 +363,7 @@ TINY = {  # settings for the embedded model, chosen on seeds 0 to 2 (docs/result
     "ddpo": dict(steps=5, epochs=24, lr=1.5e-3, guidance_scale=3.0, lora_rank=4, lora_alpha=4),
     "score": dict(steps=6, epochs=26, lr=2.5e-3, guidance_scale=3.0),
 }
-FULL = {  # for other pipelines: the papers' settings for compress, the batches of all GPUs as one
+FULL = {  # for other pipelines: the papers' settings for compress, with global batch sizes
     # RLCM's code and Table 1, but 4 steps and 512 pixels where they have 8 and 768.
     "rlcm": dict(epochs=1000, batch_size=16, lr=1e-4, guidance_scale=8.0, lora_alpha=32),
     # ddpo-pytorch's config/dgx.py
@@ -367,12 +379,12 @@ SIZE = dict(precision="bf16", resolution=512, micro_batch=4, buffer_size=16, min
 def preset(method=None, model="tiny"):
     """Settings for Config(**...), a dict: those of the model file's function, if it has `settings`.
 
-    They may name the method, too. Raises BadInput for a file that does not load.
+    `settings` may contain `method`. Raises BadInput for a file that does not load.
     """
     if ".py:" in model:
         settings = getattr(load_function(model), "settings", {})
     else:
-        settings = TINY.get(method, {}) if model == "tiny" else SIZE | FULL[method or "rlcm"]
+        settings = TINY.get(method, {}) if model == "tiny" else SIZE | FULL.get(method, FULL["rlcm"])
     if method:
         settings = settings | {"method": method}
     if not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -389,7 +401,6 @@ def check(cfg, processes=1):
     require(cfg.method in METHODS, f"--method {cfg.method}: must be one of {', '.join(METHODS)}")
     for divisor in (processes * cfg.updates, cfg.group_size):
         require(cfg.batch_size % divisor == 0, f"--batch-size must be a multiple of {divisor}")
-    require(cfg.min_count <= cfg.buffer_size, "--min-count must be at most --buffer-size")
     require(cfg.algo != "reinforce" or cfg.updates == 1, "--algo reinforce has no ratio: --updates must be 1")
 
 
@@ -418,8 +429,8 @@ class DiffusersModel:
     """A LoRA on the network of a diffusers pipeline: what all families share.
 
     `train` takes any class with these members: --model file.py:function, where function(cfg, device) returns
-    one. function.settings, a dict, is laid between Config's defaults and the flags. The file may import rlcm,
-    and gets the running module. docs/models.md has more.
+    one. function.settings, a dict, overrides Config's defaults, and the flags override it. The file may
+    import rlcm, and gets the running module. docs/models.md has more.
 
         shape                   (C, h, w) of a latent
         device                  where latents, c and images are
@@ -427,11 +438,13 @@ class DiffusersModel:
         schedule(H)             the glossary's s; tensors on the CPU
         encode(prompts)         B strings -> c, anything that denoise understands
         denoise(x, k, c, s)     x (B, C, h, w), k an int -> pred_x0, shaped like x, float32, differentiable
-        decode(x)               clean latents (B, C, h, w) -> images (B, 3, H, W), float32 in [0, 1]
+        decode(x)               clean latents (B, C, h, w) -> images (B, 3, height, width), float32 in [0, 1]
         reference()             a context in which denoise is the pretrained network's; used with --kl
         save(folder)            writes the trained weights into a run's folder
 
-    A family of pipelines defines set_up, build_schedule, encode, predict and pred_x0.
+    denoise must be deterministic (no dropout), or the ratio does not start at 1. Nothing checks the schedule
+    of a class of your own: compare it with a sampler that you trust. A subclass for another family of
+    pipelines defines set_up, build_schedule, encode, predict and pred_x0, and its steps are checked.
     """
 
     component = "unet"  # of the pipeline, which is trained
@@ -479,7 +492,7 @@ class DiffusersModel:
             self.network.enable_gradient_checkpointing()
 
     def schedule(self, H):
-        """Schedule for H steps. Raises BadInput unless the policy's steps equal the scheduler's own."""
+        """Schedule for H steps. Raises BadInput if those of `checked_as` are not the scheduler's own."""
         s = self.build_schedule(METHODS[self.cfg.method].checked_as, H)
         scheduler = self.pipe.scheduler
         name = type(scheduler).__name__
@@ -492,15 +505,14 @@ class DiffusersModel:
             mean, std = policy(lambda *_: self.pred_x0(output, x, k, s), x, k, None, s)
             ours = mean + std * torch.randn(x.shape, generator=generator.manual_seed(k))
             error = (ours - theirs).norm() / theirs.norm()
-            require(error < 1e-4, f"the {name}'s step {k + 1} is {error:.1%} off (nan: zero terminal SNR)")
-        s = self.build_schedule(self.cfg.method, H)
-        require(s.new.isfinite().all(), f"zero terminal SNR: not for --method {self.cfg.method}")
-        return s
+            require(error < 1e-4, f"the {name}'s step {k + 1} is off by {error:.1e} (nan: zero terminal SNR)")
+        return self.build_schedule(self.cfg.method, H)
 
     def denoise(self, x, k, c, s):
         rows = torch.cat([x, x]) if self.guided else x  # without and with the prompt, in one pass
-        # Weights are not cached, as they change between steps, and an autocast outside may span several.
-        with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32, False):
+        # A cache would keep casts of weights that the optimizer changes, in an autocast around the whole run.
+        half = self.dtype != torch.float32
+        with torch.autocast(self.device.type, self.dtype, half, cache_enabled=False):
             output = self.predict(rows, s.t[k], c).float()
         if self.guided:
             uncond, cond = output.chunk(2)
@@ -590,7 +602,7 @@ class StableDiffusion(DiffusersModel):
 
 @torch.no_grad()
 def generate(model, cfg, prompts):
-    """Images (B, 3, H, W) of B prompts, in float32 those of a plain pipeline if image i has the seed i."""
+    """Images (B, 3, height, width) of B prompts. In float32 image i is a plain pipeline's with the seed i."""
     s = model.schedule(cfg.steps)
     images = []
     for i in torch.arange(len(prompts)).split(cfg.micro_batch):
@@ -606,14 +618,14 @@ def generate(model, cfg, prompts):
 def train(cfg, resume=False, on_epoch=None):
     """Fine-tune with `cfg`; with resume, continue the run in cfg.out. Returns its folder. Raises BadInput.
 
-    This is Algorithm 1 of RLCM and, with another share of new noise, DDPO and Scores as Actions. Like RLCM's
-    code it steps the optimizer after the loop over t, where the paper's line 9 is inside it. Every process
-    calls on_epoch(0, model, {}) at the start and on_epoch(epoch, model, row), which may add to the row.
+    This is Algorithm 1 of RLCM and, with other schedules, DDPO and Scores as Actions without its value
+    function. Like RLCM's code it steps the optimizer after the loop over t; the paper's line 9 is inside it.
+    Every process calls on_epoch(0, model, {}), then on_epoch(epoch, model, row), which may add to the row.
     """
     from accelerate import Accelerator
     from accelerate.utils import broadcast, listify
 
-    # Settings, reward and prompts. The default folder's name has the reward without the path of its file.
+    # Settings, reward and prompts. The folder's default name omits the path of a reward file.
     reward_name = re.sub(r"[^,]*\.py:|[^\w.,]", "", cfg.reward)
     when = time.strftime("%m%d-%H%M%S")
     out = Path(cfg.out or f"runs/{cfg.method}-{reward_name}-{cfg.seed}-{when}-{os.getpid()}")
@@ -621,7 +633,7 @@ def train(cfg, resume=False, on_epoch=None):
     accelerator = Accelerator(cpu=cpu, log_with=cfg.log_with or None, project_dir=out)
     check(cfg, accelerator.num_processes)
     require(accelerator.log_with or not cfg.log_with, f"first pip install {cfg.log_with}, for --log-with")
-    require(resume or not any(out.glob("*")), f"{out} is not empty: give another --out, or --resume {out}")
+    require(resume or not out.exists(), f"{out} exists: give a new --out, or --resume its checkpoint.pt")
     B = cfg.batch_size
     reward = get_reward(cfg.reward, cfg.model)
     prompts = get_prompts(f"{out}/prompts.txt" if resume else cfg.prompts)
@@ -636,6 +648,7 @@ def train(cfg, resume=False, on_epoch=None):
     with explained(f"--model {cfg.model} --steps {cfg.steps} cannot be set up; --model takes {kinds}"):
         model = load_model(cfg, accelerator.device)
         s = model.schedule(cfg.steps)
+    require((s.new == s.new.clamp(0, 1)).all(), "a share of new noise is not in [0, 1]: zero terminal SNR?")
     require(s.actions, f"--method {cfg.method} --steps {cfg.steps} adds no noise: nothing to reinforce")
     parameters = list(model.trainable.values())
     broadcast([p.data for p in parameters])  # in place
@@ -652,9 +665,9 @@ def train(cfg, resume=False, on_epoch=None):
     if on_epoch and not resume:
         on_epoch(0, model, {})
 
-    # Each batch is cut into `updates` minibatches of one optimizer step each, and these among the processes.
+    # Each batch is cut into `updates` minibatches of one optimizer step each, which the processes share.
     local = torch.arange(B).view(cfg.updates, accelerator.num_processes, -1)[:, accelerator.process_index]
-    actions_per_update = len(s.actions) * local.shape[1]
+    actions_per_update = len(s.actions) * local.shape[1]  # of this process; gradients are averaged over them
     seconds = rows[-1]["seconds"] if rows else 0
     epochs = tqdm(range(len(rows) + 1, cfg.epochs + 1), "epochs", disable=not accelerator.is_main_process)
     for epoch in epochs:
@@ -683,8 +696,8 @@ def train(cfg, resume=False, on_epoch=None):
                         mean_ref, kl[i] = path_kl(model.denoise, s, c, x, means)
                 minibatches[-1].append((i, c, x, log_p, mean_ref))
 
-        # 2. Advantage: how much better is an image than usual for its prompt, less lambda times the KL-to-go?
-        # A process leaves the rows of the others 0, so the sum has all, and every process has the same A.
+        # 2. Advantage, minus lambda times the KL-to-go. Each process has filled its own rows and left zeros
+        # elsewhere, so the sum is the whole batch, and A is the same everywhere.
         components = accelerator.reduce(components, "sum")
         kl = accelerator.reduce(kl, "sum")
         r = components.sum(1)
@@ -692,7 +705,8 @@ def train(cfg, resume=False, on_epoch=None):
         kl_to_go = kl.sum(1, keepdim=True) - kl.cumsum(1)  # (B, H); KL_k itself is left out
         A_k = A[:, None] - cfg.kl * (kl_to_go - kl_to_go.mean(0))
 
-        # 3. Policy gradient: evaluate each action of the rollout again, now with gradients.
+        # 3. Policy gradient: evaluate each action again, now with gradients. The micro-batches are those of
+        # the rollout, so with the same weights log_p is the same to the bit, and the ratio is 1.
         ratios = []
         for minibatch in minibatches:
             for k in s.actions:
@@ -722,7 +736,7 @@ def train(cfg, resume=False, on_epoch=None):
             "reward_mean": r.mean(),
             "reward_std": r.std(correction=0),
             "path_kl": kl.sum(1).mean(),  # nats along an image's path; 0 without a KL penalty
-            "clip_fraction": (drift > cfg.clip_range).float().mean(),  # PPO clips one side only, by A's sign
+            "clip_fraction": (drift > cfg.clip_range).float().mean(),  # PPO clips one side, by A's sign
             "ratio_drift": drift[:, :actions_per_update].max(),  # before the first optimizer step
             "grad_norm": grad_norm,  # of the last optimizer step, before clipping
             **dict(zip(reward.names, components.mean(0))),
@@ -744,11 +758,10 @@ def train(cfg, resume=False, on_epoch=None):
             save_epoch(out, cfg, model, optimizer, rows, history)
 
     accelerator.end_training()
-    lora = f' and the LoRA: pipe.load_lora_weights("{out}")' if (out / LORA).exists() else ""
     accelerator.print(
         f"reward {rows[0]['reward_mean']:.3f} -> {row['reward_mean']:.3f}, {seconds:.0f} s\n"
         f"train longer: python rlcm.py --resume {shlex.quote(str(out))} --epochs {2 * cfg.epochs}\n"
-        f"{out} has samples/, reward.png, metrics.csv{lora}"
+        f"{out} has {', '.join(sorted(os.listdir(out)))}"
     )
     return out
 
@@ -782,7 +795,7 @@ def draw_samples(model, cfg, reward, prompts):
 
 
 def sample_grid(images, captions, columns=8):
-    """Images (B, 3, H, W) in full rows of `columns`, with a caption below each, as one Pillow image."""
+    """Images (B, 3, height, width) with captions, in full rows of `columns`, as one Pillow image."""
     from diffusers.utils import make_image_grid
     size = max(128, images.shape[-1] // 2)
     cells = []
@@ -848,7 +861,7 @@ def parse(argv):
     parser = transformers.HfArgumentParser(Config, add_help=False, allow_abbrev=False)
     parser.error = lambda message: require(False, f"{message} (--help lists the flags)")
     parser.add_argument("--resume", help="a run's folder; only --epochs may change")
-    parser.set_defaults(method=None)  # unless the flag is given, the model's settings name it
+    parser.set_defaults(method=None)  # unless --method is given: settings of a model file may name it
     first = parser.parse_known_args(argv)[0]
     if first.resume:
         cfg = replace(read_config(first.resume), out=first.resume)
@@ -857,7 +870,7 @@ def parse(argv):
             cfg = Config(**preset(first.method, first.model))
     parser.set_defaults(**asdict(cfg))  # for --help
     parser.add_argument("--help", action="help")
-    return parser.parse_args(argv, cfg), first.resume  # cfg with the flags that are given
+    return parser.parse_args(argv, namespace=cfg), first.resume  # cfg with the flags that are given
 
 
 def quiet():
