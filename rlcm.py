@@ -304,7 +304,7 @@ def advantages(r, prompts, history, buffer_size, min_count, adv_clip):
     return A.clamp(-adv_clip, adv_clip).float()
 
 
-def policy_loss(log_p, log_p_old, A, clip_range, algo="ppo"):
+def policy_loss(log_p, log_p_old, A, algo, clip_range):
     """Loss and ratio of n actions, all (n,). Official: inside ppo_training_loop, and inside main of train.py.
 
     With one optimizer step per rollout the ratio is 1, nothing is clipped, and PPO's gradient is REINFORCE's.
@@ -511,8 +511,7 @@ class DiffusersModel:
     def denoise(self, x, k, c, s):
         rows = torch.cat([x, x]) if self.guided else x  # without and with the prompt, in one pass
         # A cache would keep casts of weights that the optimizer changes, in an autocast around the whole run.
-        half = self.dtype != torch.float32
-        with torch.autocast(self.device.type, self.dtype, half, cache_enabled=False):
+        with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32, cache_enabled=False):
             output = self.predict(rows, s.t[k], c).float()
         if self.guided:
             uncond, cond = output.chunk(2)
@@ -623,16 +622,18 @@ def train(cfg, resume=False, on_epoch=None):
     Every process calls on_epoch(0, model, {}), then on_epoch(epoch, model, row), which may add to the row.
     """
     from accelerate import Accelerator
+    from accelerate.tracking import get_available_trackers
     from accelerate.utils import broadcast, listify
 
     # Settings, reward and prompts. The folder's default name omits the path of a reward file.
     reward_name = re.sub(r"[^,]*\.py:|[^\w.,]", "", cfg.reward)
-    when = time.strftime("%m%d-%H%M%S")
-    out = Path(cfg.out or f"runs/{cfg.method}-{reward_name}-{cfg.seed}-{when}-{os.getpid()}")
+    name = f"{cfg.method}-{reward_name}-{cfg.seed}-{time.strftime('%m%d-%H%M%S')}-{os.getpid()}"
+    out = Path(cfg.out or f"runs/{name}")
+    available = not cfg.log_with or cfg.log_with in map(str, get_available_trackers())
+    require(available, f"--log-with {cfg.log_with}: first pip install {cfg.log_with}")
     cpu = not torch.cuda.is_available()
     accelerator = Accelerator(cpu=cpu, log_with=cfg.log_with or None, project_dir=out)
     check(cfg, accelerator.num_processes)
-    require(accelerator.log_with or not cfg.log_with, f"first pip install {cfg.log_with}, for --log-with")
     require(resume or not out.exists(), f"{out} exists: give a new --out, or --resume its checkpoint.pt")
     B = cfg.batch_size
     reward = get_reward(cfg.reward, cfg.model)
@@ -644,8 +645,10 @@ def train(cfg, resume=False, on_epoch=None):
     )
 
     # The model, its schedule and the optimizer. Every process starts from the first one's weights.
-    kinds = "tiny, a diffusers pipeline (folder or hub id, no *.fp16.* files), or path/to/file.py:function"
-    with explained(f"--model {cfg.model} --steps {cfg.steps} cannot be set up; --model takes {kinds}"):
+    with explained(
+        f"--model {cfg.model} --steps {cfg.steps} cannot be set up; --model takes tiny, a diffusers pipeline "
+        "(folder or hub id, no *.fp16.* files), or path/to/file.py:function"
+    ):
         model = load_model(cfg, accelerator.device)
         s = model.schedule(cfg.steps)
     require((s.new == s.new.clamp(0, 1)).all(), "a share of new noise is not in [0, 1]: zero terminal SNR?")
@@ -713,7 +716,7 @@ def train(cfg, resume=False, on_epoch=None):
                 for i, c, x, log_p_old, mean_ref in minibatch:
                     mean, std = policy(model.denoise, x[k], k, c, s)
                     log_p = log_prob(x[k + 1], mean, std)
-                    loss, ratio = policy_loss(log_p, log_p_old[k], A_k[i, k], cfg.clip_range, cfg.algo)
+                    loss, ratio = policy_loss(log_p, log_p_old[k], A_k[i, k], cfg.algo, cfg.clip_range)
                     if cfg.kl > 0:  # lambda grad KL_k, averaged over D as the log-prob is
                         loss += cfg.kl * gaussian_kl(mean, mean_ref[k], std) / math.prod(model.shape)
                     (loss.sum() / actions_per_update).backward()

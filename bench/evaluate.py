@@ -5,7 +5,7 @@
     python bench/evaluate.py runs/NAME --prompts my_prompts.txt            # other held-out prompts
     python bench/evaluate.py runs/NAME --steps 2 4 8 --guidance-scale 4    # other than in training
 
-Prints a table and writes it to the run's folder, as evaluation.csv and evaluation.png:
+Prints a table and writes it to the run's folder, as evaluation.csv:
 
 weights          base: the pretrained model; tuned: with what the run learned
 prompts          training: the run's; held-out: --prompts
@@ -23,9 +23,6 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import matplotlib
-from matplotlib.figure import Figure
-
 import rlcm
 from bench.common import Parser, open_run
 from rewards import get_prompts, get_reward
@@ -41,8 +38,8 @@ def evaluate(run, held_out="other-animals", steps=(), judges=(), count=64, **cha
     training = get_prompts(str(run / "prompts.txt"))
     unseen = [prompt for prompt in get_prompts(held_out) if prompt not in set(training)]
     rlcm.require(unseen, f"--prompts {held_out}: the run was trained on all of them, so none is held out")
-    print(f"{len(training)} training prompts, {len(unseen)} of {held_out} that are not among them")
     sets = {"training": training, "held-out": unseen}
+    print(f"{len(training)} training prompts, {len(unseen)} of {held_out} that are not among them")
 
     # Of the default numbers of steps, those that the scheduler refuses are left out.
     more = (1, 2, 4, 8) if cfg.method == "rlcm" else (2, 5, 10, 20, 50)
@@ -80,28 +77,8 @@ def evaluate(run, held_out="other-animals", steps=(), judges=(), count=64, **cha
         print(f"{weights:8}{name:10}{n:5}", *cells, f"{seconds:9.4f}", flush=True)
 
     rlcm.write_rows(rows, run / "evaluation.csv")
-    save_figure(rows, rewards, f"reward: {cfg.reward}", run / "evaluation.png")
-    print(f"wrote {run}/evaluation.csv and {run}/evaluation.png")
+    print(f"wrote {run}/evaluation.csv")
     return rows
-
-
-@matplotlib.rc_context({"text.parse_math": False})  # a $ in the name of a reward is not a formula
-def save_figure(rows, columns, title, path):
-    """A panel for each column of rewards, with a line for each of the weights and prompts."""
-    figure = Figure(figsize=(6 * len(columns), 4), layout="constrained")
-    axes = figure.subplots(1, len(columns), squeeze=False)[0]
-    for name, axis in zip(columns, axes):
-        for label, line in itertools.groupby(rows, lambda row: f"{row['weights']}, {row['prompts']}"):
-            points = [(row["steps"], row[name], row[f"{name}_error"]) for row in line]
-            color = "C0" if "base" in label else "C1"
-            style = "-" if "training" in label else "--"
-            axis.errorbar(*zip(*points), label=label, color=color, linestyle=style, marker="o", capsize=3)
-        axis.set(xlabel="steps", ylabel=title if name == "reward" else name, xscale="log")
-        steps = sorted({row["steps"] for row in rows})
-        axis.set_xticks(steps, steps)
-        axis.minorticks_off()
-    axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=120)
 
 
 def main(argv=None):
@@ -114,9 +91,7 @@ def main(argv=None):
     p.add_argument("--images", type=int, default=64, help="for each row of the table; default 64")
 
     def work(args):
-        changes = {}
-        if args.guidance_scale is not None:
-            changes["guidance_scale"] = args.guidance_scale
+        changes = {"guidance_scale": args.guidance_scale} if args.guidance_scale is not None else {}
         evaluate(args.run, args.prompts, args.steps, args.judges, args.images, **changes)
 
     return p.run(work, argv)

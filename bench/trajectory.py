@@ -30,51 +30,44 @@ def trajectories(model, cfg, prompt):
     s = model.schedule(cfg.steps)
     c = model.encode([prompt] * COUNT)
     z = torch.randn(cfg.steps + 1, COUNT, *model.shape, generator=torch.Generator().manual_seed(0))
-    predictions = []
-
-    def denoise(x, k, c, s):
-        predictions.append(model.denoise(x, k, c, s))
-        return predictions[k]
-
-    x, _, _ = rlcm.rollout(denoise, s, c, z.to(model.device))
+    x, _, _ = rlcm.rollout(model.denoise, s, c, z.to(model.device))
+    predictions = [model.denoise(x[k], k, c, s) for k in range(cfg.steps)]
     images = [model.decode(latents) for latents in x]
-    stds = (s.noise_next * s.new.sqrt()).tolist()
-    r = get_reward(cfg.reward, cfg.model)(images[-1], [prompt] * COUNT, cfg.micro_batch)
-    return images, [model.decode(latents) for latents in predictions], stds, r
+    r = get_reward(cfg.reward, cfg.model)(images[-1], [prompt] * COUNT)
+    return images, [model.decode(latents) for latents in predictions], s.noise_next * s.new.sqrt(), r
 
 
 @matplotlib.rc_context({"text.parse_math": False})
-def draw(run, prompt, out, weights):
-    """Draw the figure. Returns its path. Raises BadInput."""
+def draw(run, prompt, path, weights):
+    """Draw the figure. Raises BadInput."""
     cfg, model = open_run(run)
     rlcm.load_checkpoint(run, model)
     states = {"base": model.reference, "tuned": contextlib.nullcontext}
     H = cfg.steps
-    figure = Figure(figsize=(1.7 * (H + 1), 4.2 * len(weights) * 2 * 0.85), layout="constrained")
-    axes = iter(figure.subplots(4 * len(weights), H + 1).reshape(-1, 2, H + 1))
-    shown = None
+    figure = Figure(figsize=(1.7 * (H + 1), 7 * len(weights)), layout="constrained")
+    blocks = figure.subplots(4 * len(weights), H + 1).reshape(-1, 2, H + 1)
+    for axis in figure.axes:
+        axis.set(xticks=[], yticks=[], frame_on=False)
+
+    # Which two are shown is decided by the first weights.
+    cases = []
     for name in weights:
         with states[name]():
-            images, predictions, stds, r = trajectories(model, cfg, prompt)
+            found = trajectories(model, cfg, prompt)
+        shown = [case[1] for case in cases[:2]] or [found[-1].argmax().item(), found[-1].argmin().item()]
+        cases += [(name, i, *found) for i in shown]
+    for (above, below), (name, i, images, predictions, stds, r) in zip(blocks, cases):
         A = rlcm.advantages(r, [prompt] * COUNT, {}, COUNT, 1, 10.0)
-        shown = shown or (r.argmax().item(), r.argmin().item())  # of the base, which comes first
-        for i in shown:
-            above, below = next(axes)
-            for k in range(H + 1):
-                above[k].imshow(images[k][i].permute(1, 2, 0).cpu())
-                above[k].set_title(f"x_{k}" if k < H else f"reward {r[i]:.2f}, A {A[i]:+.2f}", fontsize=9)
-                if k < H:
-                    below[k].imshow(predictions[k][i].permute(1, 2, 0).cpu())
-                    added = f"then noise of std {stds[k]:.2f}" if stds[k] else "no noise"
-                    below[k].set_xlabel(added, fontsize=9)
-            above[0].set_ylabel(name)
-            below[0].set_ylabel("predicted")
-    for axis in figure.axes:
-        axis.set(xticks=[], yticks=[])
-        axis.set_frame_on(False)
-    path = Path(out or Path(run) / "trajectory.png")
+        above[0].set_ylabel(name)
+        below[0].set_ylabel("predicted")
+        for k in range(H):
+            above[k].set_title(f"x_{k}", fontsize=9)
+            above[k].imshow(images[k][i].permute(1, 2, 0).cpu())
+            below[k].imshow(predictions[k][i].permute(1, 2, 0).cpu())
+            below[k].set_xlabel(f"+ noise, std {stds[k]:.2f}" if stds[k] else "no noise", fontsize=9)
+        above[H].set_title(f"reward {r[i]:.2f}, A {A[i]:+.2f}", fontsize=9)
+        above[H].imshow(images[H][i].permute(1, 2, 0).cpu())
     figure.savefig(path, dpi=100)
-    return path
 
 
 def main(argv=None):
@@ -83,7 +76,13 @@ def main(argv=None):
     p.add_argument("prompt", metavar="PROMPT")
     p.add_argument("--weights", nargs="+", choices=("base", "tuned"), default=("base", "tuned"))
     p.add_argument("--out", metavar="FILE", help="default: RUN/trajectory.png")
-    return p.run(lambda args: print(f"wrote {draw(args.run, args.prompt, args.out, args.weights)}"), argv)
+
+    def work(args):
+        path = args.out or f"{args.run}/trajectory.png"
+        draw(args.run, args.prompt, path, args.weights)
+        print(f"wrote {path}")
+
+    return p.run(work, argv)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def learn(network, epochs=25):
         for k in s.actions:
             mean, std = policy(network.denoise, x[k], k, c, s)
             log_p = log_prob(x[k + 1], mean, std)
-            loss, ratio = policy_loss(log_p, log_p_old[k], A_k[:, k], clip_range=0.2 / D)
+            loss, ratio = policy_loss(log_p, log_p_old[k], A_k[:, k], "ppo", clip_range=0.2 / D)
             loss = loss + KL * gaussian_kl(mean, mean_ref[k], std) / D
             loss.mean().backward()
             assert (ratio == 1).all()  # the first thing to check in your own code
