@@ -392,14 +392,17 @@ def preset(method=None, model="tiny"):
     return settings | {"model": model}
 
 
-def check(cfg, processes=1):
+def check(cfg):
     """Raise BadInput for settings that cannot work, wherever they come from."""
+    from accelerate.tracking import get_available_trackers
+    available = not cfg.log_with or cfg.log_with in map(str, get_available_trackers())
+    require(available, f"--log-with {cfg.log_with}: first pip install {cfg.log_with}")
     for name, value in asdict(cfg).items():
         if type(value) in (int, float):
             zero = value == 0 and name in ("kl", "guidance_scale", "seed")
             require(zero or 0 < value < math.inf, f"--{name.replace('_', '-')} {value}: must be positive")
     require(cfg.method in METHODS, f"--method {cfg.method}: must be one of {', '.join(METHODS)}")
-    for divisor in (processes * cfg.updates, cfg.group_size):
+    for divisor in (int(os.getenv("WORLD_SIZE", "1")) * cfg.updates, cfg.group_size):
         require(cfg.batch_size % divisor == 0, f"--batch-size must be a multiple of {divisor}")
     require(cfg.algo != "reinforce" or cfg.updates == 1, "--algo reinforce has no ratio: --updates must be 1")
 
@@ -617,25 +620,21 @@ def generate(model, cfg, prompts):
 def train(cfg, resume=False, on_epoch=None):
     """Fine-tune with `cfg`; with resume, continue the run in cfg.out. Returns its folder. Raises BadInput.
 
-    This is Algorithm 1 of RLCM and, with other schedules, DDPO and Scores as Actions without its value
-    function. Like RLCM's code it steps the optimizer after the loop over t; the paper's line 9 is inside it.
-    Every process calls on_epoch(0, model, {}), then on_epoch(epoch, model, row), which may add to the row.
+    This is RLCM's Algorithm 1, but the optimizer steps after the loop over t, as in its code. Other schedules
+    make it DDPO, and Scores as Actions without a value function. Every process calls on_epoch(0, model, {})
+    first, then on_epoch(epoch, model, row), which may add to the row.
     """
     from accelerate import Accelerator
-    from accelerate.tracking import get_available_trackers
     from accelerate.utils import broadcast, listify
 
     # Settings, reward and prompts. The folder's default name omits the path of a reward file.
     reward_name = re.sub(r"[^,]*\.py:|[^\w.,]", "", cfg.reward)
     name = f"{cfg.method}-{reward_name}-{cfg.seed}-{time.strftime('%m%d-%H%M%S')}-{os.getpid()}"
     out = Path(cfg.out or f"runs/{name}")
-    available = not cfg.log_with or cfg.log_with in map(str, get_available_trackers())
-    require(available, f"--log-with {cfg.log_with}: first pip install {cfg.log_with}")
+    check(cfg)
     cpu = not torch.cuda.is_available()
     accelerator = Accelerator(cpu=cpu, log_with=cfg.log_with or None, project_dir=out)
-    check(cfg, accelerator.num_processes)
     require(resume or not out.exists(), f"{out} exists: give a new --out, or --resume its checkpoint.pt")
-    B = cfg.batch_size
     reward = get_reward(cfg.reward, cfg.model)
     prompts = get_prompts(f"{out}/prompts.txt" if resume else cfg.prompts)
     hint = " (CUDA finds no GPU: is its driver too old?)" if cpu and torch.version.cuda else ""
@@ -645,10 +644,7 @@ def train(cfg, resume=False, on_epoch=None):
     )
 
     # The model, its schedule and the optimizer. Every process starts from the first one's weights.
-    with explained(
-        f"--model {cfg.model} --steps {cfg.steps} cannot be set up; --model takes tiny, a diffusers pipeline "
-        "(folder or hub id, no *.fp16.* files), or path/to/file.py:function"
-    ):
+    with explained(f"--model {cfg.model} --steps {cfg.steps} cannot be set up; no *.fp16.* files are read"):
         model = load_model(cfg, accelerator.device)
         s = model.schedule(cfg.steps)
     require((s.new == s.new.clamp(0, 1)).all(), "a share of new noise is not in [0, 1]: zero terminal SNR?")
@@ -657,6 +653,8 @@ def train(cfg, resume=False, on_epoch=None):
     broadcast([p.data for p in parameters])  # in place
     optimizer = torch.optim.Adam(parameters, cfg.lr)
     rows, history = resume_run(out, cfg, model, optimizer) if resume else ([], {})
+
+    # A new run's folder. Nothing is written before the pretrained model's images have been rewarded.
     if accelerator.is_main_process and not resume:
         with explained(f"{cfg.model} cannot draw the first images"):
             sheet = draw_samples(model, cfg, reward, prompts)
@@ -669,10 +667,11 @@ def train(cfg, resume=False, on_epoch=None):
         on_epoch(0, model, {})
 
     # Each batch is cut into `updates` minibatches of one optimizer step each, which the processes share.
+    B = cfg.batch_size
     local = torch.arange(B).view(cfg.updates, accelerator.num_processes, -1)[:, accelerator.process_index]
     actions_per_update = len(s.actions) * local.shape[1]  # of this process; gradients are averaged over them
     seconds = rows[-1]["seconds"] if rows else 0
-    epochs = tqdm(range(len(rows) + 1, cfg.epochs + 1), "epochs", disable=not accelerator.is_main_process)
+    epochs = tqdm(range(len(rows) + 1, cfg.epochs + 1), disable=not accelerator.is_main_process)
     for epoch in epochs:
         # Prompts and noise depend on seed and epoch alone, so a resumed run draws the same again.
         began = time.time()
