@@ -336,12 +336,12 @@ class Config:
     prompts: str = flag("animals", f"{', '.join(rewards.PROMPTS)}, a text file, or a quoted prompt")
     resolution: int = flag(64, "height and width of the images in pixels")
     steps: int = flag(4, "H, network evaluations per image")
-    epochs: int = flag(27, "number of rollouts")
+    epochs: int = flag(16, "number of rollouts")
     batch_size: int = flag(64, "B, images per rollout")
     micro_batch: int = flag(32, "images per network pass and per reward call; affects only memory and speed")
     group_size: int = flag(1, "images per prompt in a batch; A is GRPO's if --buffer-size is at most this")
     updates: int = flag(1, "optimizer steps per epoch, each on an equal part of the batch")
-    lr: float = flag(9e-4, "learning rate of Adam")
+    lr: float = flag(1.8e-3, "learning rate of Adam")
     kl: float = flag(0.0, "lambda: penalty per nat of KL, in standard deviations of the reward")
     guidance_scale: float = flag(6.0, "guidance scale in training and in sampling")
     lora_rank: int = flag(16, "rank of the LoRA")
@@ -360,8 +360,8 @@ class Config:
 
 
 TINY = {  # settings for the embedded model, chosen on seeds 0 to 2 (docs/results.md); rlcm's are the defaults
-    "ddpo": dict(steps=5, epochs=24, lr=1.5e-3, guidance_scale=3.0, lora_rank=4, lora_alpha=4),
-    "score": dict(steps=6, epochs=26, lr=2.5e-3, guidance_scale=3.0),
+    "ddpo": dict(steps=5, epochs=11, lr=4e-3, guidance_scale=3.0),
+    "score": dict(steps=6, epochs=11, lr=4e-3, guidance_scale=3.0),
 }
 FULL = {  # for other pipelines: the papers' settings for compress, with global batch sizes
     # RLCM's code and Table 1, but 4 steps and 512 pixels where they have 8 and 768.

@@ -408,6 +408,8 @@ def test_gradient_is_the_same_however_the_batch_is_cut(play):
     model = Linear("score", 4)
     given = dict(group_size=3, kl=0.3)
     (whole,), _ = play(model, **given)
+    (other,), _ = play(model, **given, seed=1)
+    assert (other - whole).norm() > 0.1 * whole.norm()
     groups = torch.tensor(model.batches[0]).view(4, 3)
     assert not groups.diff().any() and len(groups.unique()) == 2
     (small,), _ = play(model, **given, micro_batch=5)
@@ -419,6 +421,30 @@ def test_gradient_is_the_same_however_the_batch_is_cut(play):
     assert (halves[0] - whole).norm() > 0.1 * whole.norm()
     assert_close(clipped, 0.01 * whole / whole.norm())
     assert row["grad_norm"] == pytest.approx(whole.norm().item()) and row["ratio_drift"] == 0
+
+
+def test_action_is_charged_for_the_kl_of_later_steps(play, monkeypatch):
+    """Of no other, and against the batch's mean."""
+    A = []
+    kl = []
+
+    def spied_loss(*given):
+        A.append(given[2])
+        return policy_loss(*given)
+
+    def spied_kl(*given):
+        found = path_kl(*given)
+        kl.append(found[1])
+        return found
+
+    monkeypatch.setattr(rlcm, "policy_loss", spied_loss)
+    monkeypatch.setattr(rlcm, "path_kl", spied_kl)
+    model = Linear("score", 4)
+    play(model)
+    play(model, kl=0.5)
+    for k in range(3):
+        later = kl[0][:, k + 1 :].sum(1)
+        assert_close(A[3 + k], A[k] - 0.5 * (later - later.mean()))
 
 
 def test_score_reaches_the_tilted_gaussian(play):
@@ -445,7 +471,7 @@ def test_on_epoch_may_add_columns_and_is_not_timed(play, tmp_path):
     def on_epoch(epoch, row):
         time.sleep(0.5)
         if epoch == 2:
-            row["extra"] = 7
+            row["extra"] = torch.tensor(7)
 
     _, rows = play(Linear("rlcm", 2), on_epoch=on_epoch, epochs=2, out=f"{tmp_path}/run")
     assert rows[0] == {} and 0 < rows[2]["seconds"] < 0.5
@@ -472,7 +498,7 @@ def test_advantages_by_hand_with_integer_rewards():
     history = {}
     A = advantages(torch.tensor([1, 3, 10, 10]), ["a", "a", "b", "b"], history, 4, 2, 10.0)
     assert_close(A, torch.tensor([-1.0, 1.0, 0.0, 0.0]))
-    A = advantages(torch.tensor([5, 7]), ["a", "a"], history, 4, 2, 10.0)
+    A = advantages(torch.tensor([5, 7]), ["a", "a"], history, 4, 4, 10.0)
     assert_close(A, standardised([5, 7], seen=[1, 3, 5, 7]))
     advantages(torch.tensor([9, 9]), ["a", "a"], history, 4, 2, 10.0)
     assert history == {"a": [5, 7, 9, 9], "b": [10, 10]}  # the oldest fell out
@@ -503,7 +529,7 @@ def test_advantages_of_rewards_in_another_unit_or_shape():
     prompts = [*"abcd"] * 10
     A = advantages(r, prompts, {}, 4, 4, 10.0)
     assert_close(advantages(1e-7 * r, prompts, {}, 4, 4, 10.0), A)
-    assert not advantages(torch.full((40,), 0.1), prompts, {}, 4, 4, 10.0).any()
+    assert not advantages(0.1 + 1e-8 * r, prompts, {}, 4, 4, 10.0).any()
     assert torch.equal(advantages(r[:, None], prompts, {}, 4, 4, 10.0), A)
     with pytest.raises(RuntimeError, match=r"'\[40\]' is invalid for input of size 80"):
         advantages(torch.randn(40, 2), prompts, {}, 4, 4, 10.0)
@@ -710,7 +736,7 @@ def test_presets_are_published_and_flags_win(capsys):
     with pytest.raises(SystemExit, match="0"):
         rlcm.main(["--method", "ddpo", "--lr", "0.5", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert re.findall(r"--(?:lr LR|steps STEPS) .*?\(default: (.*?)\)", shown) == ["5", "0.0015"]
+    assert re.findall(r"--(?:lr LR|steps STEPS) .*?\(default: (.*?)\)", shown) == ["5", "0.004"]
 
 
 def test_commands_of_docs_papers_are_published(monkeypatch):
@@ -852,6 +878,9 @@ def test_new_sampler_is_one_entry(mini_sd, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "half", entry)
     run = rlcm.train(Config(**SMALL, method="half", model=mini_sd, out=str(tmp_path / "run")))
     check_grid(run, 2, ddim(mini_sd, run), eta=0.5)
+    entry.step_options = {"eta": 0.51}
+    with pytest.raises(BadInput, match="step 1 is off by"):
+        rlcm.load_model(Config(**SMALL, method="half", model=mini_sd), "cpu").schedule(2)
 
 
 # ------------------------------------------------------------------------------------------------------- runs
@@ -1038,7 +1067,8 @@ def load(cfg, device):
 
 # --------------------------------------------------------------------------------- what is wrong, in one line
 @pytest.mark.parametrize("given, named, epochs", [
-    (dict(lr=1e11, save_every=9), "not finite", 1),
+    (dict(lr=1e6, save_every=9), "gradient is not finite", 1),
+    (dict(lr=1e11, save_every=9), "images .* not finite", 1),
     (dict(reward="flaky.py:fn"), "must be finite", 2),
 ])  # fmt: skip
 def test_run_that_goes_wrong_has_a_checkpoint(given, named, epochs, mini, tmp_path, monkeypatch, capsys):
@@ -1104,6 +1134,7 @@ BAD = {  # arguments: what the one line says
     "--lr nan": "--lr nan: must be",
     "--save-every 0": "--save-every 0: must be",
     "--resolution 12": "multiple of 8",
+    "--model tiny --resolution 24": "multiple of 16",
     "--rew compress stray": "unrecognized arguments: --rew compress stray",
     "--model no/such-model": "--model",
     "--model flux": "flux is a FluxPipeline, not a StableDiffusionPipeline",

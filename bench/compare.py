@@ -45,7 +45,7 @@ from bench.common import Parser, read_rows
 from rewards import get_reward
 from tiny import make_tiny
 
-RATES = {"rlcm": [4.5e-4, 9e-4, 1.8e-3, 3.6e-3], "ddpo": [2e-3, 4e-3, 8e-3, 1.6e-2]}
+RATES = {"rlcm": [4.5e-4, 9e-4, 1.8e-3, 3.6e-3], "ddpo": [2e-3, 4e-3, 8e-3]}
 RATES["score"] = RATES["ddpo"]
 ACCURACY = 0.85
 MARGIN = 0.02
@@ -168,7 +168,7 @@ def cell(values, digits=3):
 
 
 def show(title, cells):
-    print(f"{title:34}" + "".join(f"{text:36}" for text in cells), flush=True)
+    print(f"{title:24}" + "".join(f"{text:26}" for text in cells), flush=True)
 
 
 COLUMNS = {"passes": 0, "images": 0, "seconds": 0, "reward": 3, "retrieval": 3}
