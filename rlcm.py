@@ -481,7 +481,7 @@ class DiffusersModel:
             r=cfg.lora_rank,
             lora_alpha=cfg.lora_alpha,
             target_modules=self.lora_layers,
-            init_lora_weights="gaussian",
+            init_lora_weights="gaussian"
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
@@ -824,7 +824,7 @@ def save_epoch(out, cfg, model, optimizer, rows, history):
         rows=rows,
         history=history,
         trainable=model.trainable,
-        optimizer=optimizer.state_dict(),
+        optimizer=optimizer.state_dict()
     )
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -843,12 +843,13 @@ def load_checkpoint(out, model):
 def resume_run(out, cfg, model, optimizer):
     """Load the checkpoint into model and optimizer. Returns its rows and history. Raises BadInput."""
     state = load_checkpoint(out, model)
-    optimizer.load_state_dict(state["optimizer"])
-    old = replace(Config(**state["config"]), epochs=cfg.epochs, out=cfg.out)
-    require(cfg == old, f"with --resume only --epochs may change: other settings than the run's in {out}")
-    rows = state["rows"]
-    require(len(rows) < cfg.epochs, f"{out} already has {len(rows)} epochs: give more --epochs")
-    return rows, state["history"]
+    with explained(f"{out} has a damaged checkpoint: start a new run in another folder"):
+        optimizer.load_state_dict(state["optimizer"])
+        old = replace(Config(**state["config"]), epochs=cfg.epochs, out=cfg.out)
+        require(cfg == old, f"with --resume only --epochs may change: other settings than the run's in {out}")
+        rows = state["rows"]
+        require(len(rows) < cfg.epochs, f"{out} already has {len(rows)} epochs: give more --epochs")
+        return rows, state["history"]
 
 
 def read_config(out):
@@ -860,7 +861,7 @@ def read_config(out):
 # =============================================== COMMAND LINE ===============================================
 def parse(argv):
     """The command line -> a Config, and the run to resume or None. Raises BadInput."""
-    parser = transformers.HfArgumentParser(Config, add_help=False, allow_abbrev=False)
+    parser = transformers.HfArgumentParser(Config, add_help=False)
     parser.error = lambda message: require(False, f"{message} (--help lists the flags)")
     parser.add_argument("--resume", help="a run's folder; only --epochs may change")
     parser.set_defaults(method=None)  # unless --method is given: settings of a model file may name it
@@ -871,7 +872,7 @@ def parse(argv):
         with explained(f"{first.model} has settings that Config does not know"):
             cfg = Config(**preset(first.method, first.model))
     parser.set_defaults(**asdict(cfg))  # for --help
-    parser.add_argument("--help", action="help")
+    parser.add_argument("-h", "--help", action="help")
     return parser.parse_args(argv, namespace=cfg), first.resume  # cfg with the flags that are given
 
 

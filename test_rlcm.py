@@ -1135,7 +1135,7 @@ BAD = {  # arguments: what the one line says
     "--save-every 0": "--save-every 0: must be",
     "--resolution 12": "multiple of 8",
     "--model tiny --resolution 24": "multiple of 16",
-    "--rew compress stray": "unrecognized arguments: --rew compress stray",
+    "--rewards compress stray": "unrecognized arguments: --rewards compress stray",
     "--model no/such-model": "--model",
     "--model flux": "flux is a FluxPipeline, not a StableDiffusionPipeline",
     "--model v": "a EulerDiscreteScheduler is not for --method rlcm",
