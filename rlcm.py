@@ -360,8 +360,8 @@ class Config:
 
 
 TINY = {  # settings for the embedded model, chosen on seeds 0 to 2 (docs/results.md); rlcm's are the defaults
-    "ddpo": dict(steps=5, epochs=11, lr=4e-3, guidance_scale=3.0),
-    "score": dict(steps=6, epochs=11, lr=4e-3, guidance_scale=3.0),
+    "ddpo": dict(steps=5, epochs=10, lr=4e-3, guidance_scale=3.0),
+    "score": dict(steps=6, epochs=9, lr=4e-3, guidance_scale=3.0),
 }
 FULL = {  # for other pipelines: the papers' settings for compress, with global batch sizes
     # RLCM's code and Table 1, but 4 steps and 512 pixels where they have 8 and 768.

@@ -29,7 +29,8 @@ def sample(run, prompts, strengths=(1.0,), out=None, also=()):
     captions = [f"{prompt}, base" for prompt in prompts]
 
     # A LoRA adds lora_B lora_A to a layer, so it has half the strength when lora_B is halved.
-    rows = [(run, "tuned" if strength == 1 else f"x {strength:g}", strength) for strength in strengths]
+    tuned = cfg.reward if also else "tuned"
+    rows = [(run, tuned if strength == 1 else f"x {strength:g}", strength) for strength in strengths]
     rows += [(other, rlcm.read_config(other).reward, 1.0) for other in also]
     for folder, name, strength in rows:
         rlcm.load_checkpoint(folder, model)

@@ -3,10 +3,9 @@
     python bench/trajectory.py runs/NAME "cat"                     # writes runs/NAME/trajectory.png
     python bench/trajectory.py runs/NAME "cat" --weights base      # of the pretrained model alone
 
-For each trajectory, the latents x_0 to x_H are decoded, and below each is the clean image that the model
-predicts from it. Between them stands the std of the noise that a step adds, at the end the reward and the
-advantage, which is how far the reward lies above the average of 32 images of the prompt, in their standard
-deviations. Base and tuned model start from the same noise and draw the same noise in each step.
+Above are the latents x_0 to x_H, decoded, and below each the clean image that the model predicts from it, and
+the std of the noise that is added then. At the end stand the reward and the advantage A among 32 images of the
+prompt. Base and tuned model start from the same noise and draw the same noise in each step.
 """
 import contextlib
 import sys

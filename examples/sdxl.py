@@ -13,13 +13,8 @@ The LoRA of a run is trained on top of the few-step LoRA, so a pipeline needs bo
     pipe.load_lora_weights("runs/NAME", adapter_name="tuned")
     pipe.set_adapters(["few-step", "tuned"])
 
-A pipeline of your own takes three lines in a file, here for --model my_sdxl.py:mine:
-
-    from diffusers import StableDiffusionXLPipeline
-    from examples.sdxl import SDXL
-    mine = lambda cfg, device: SDXL(StableDiffusionXLPipeline.from_pretrained("my-folder").to(device), cfg)
-
-Small random models draw what their plain pipelines draw. The real weights, and any GPU, have not been tried.
+For a pipeline of your own, docs/models.md has the file to write. Small random models draw what their plain
+pipelines draw. The real weights, and any GPU, have not been tried.
 """
 import torch
 from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
