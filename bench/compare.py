@@ -235,7 +235,7 @@ def frontier(task, rows, out):
         axis.plot(*zip(*means.values()), color=f"C{number}", label=method)
         axis.plot(*means[chosen], "o", color=f"C{number}")
         print(f"{task}, {method}: learning rate {chosen:g}")
-    axis.set(xlabel="passes of the network", ylabel=f"reward ({task}) at accuracy {ACCURACY}", xscale="log")
+    axis.set(xlabel="passes of the network", ylabel=f"reward ({task}) at accuracy {ACCURACY}")
     axis.legend(frameon=False)
     path = out / f"{re.sub('[^a-zA-Z0-9]+', '-', task)}.png"
     axis.figure.savefig(path, dpi=120)
