@@ -206,27 +206,6 @@ def test_score_in_small_steps_is_the_reverse_sde():
         assert_close(gaussian_kl(mean, mean_ref, std), girsanov, rtol=0.1, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore:__array__")  # diffusers with NumPy 2
-def test_euler_ancestral_is_the_same_gaussian():
-    """In levels of sigma: signal 1, noise sigma, the first latent with the std init_noise_sigma."""
-    scheduler = diffusers.EulerAncestralDiscreteScheduler(timestep_spacing="trailing")
-    scheduler.set_timesteps(4)
-    sigma = scheduler.sigmas.double()  # (5,), the last is 0
-    one = torch.ones(4)
-    start = scheduler.init_noise_sigma
-    s = rlcm.make_schedule(scheduler.timesteps, (one, sigma[:-1]), (one, sigma[1:]), start=start)
-    assert s.actions == [0, 1, 2]
-    z = torch.randn(5, 2, 3, 4, 4)
-    x, means, _ = rollout(wave_x0, s, 0.1, z)
-    assert_close(x[0], start * z[0])
-    for k, t in enumerate(scheduler.timesteps):
-        noise = torch.Generator().manual_seed(k)
-        theirs = scheduler.step(wave(x[k], t, 0.1), t, x[k], generator=noise).prev_sample
-        _, std = policy(wave_x0, x[k], k, 0.1, s)
-        ours = means[k] + std * torch.randn(theirs.shape, generator=noise.manual_seed(k))
-        assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_rollout_has_the_log_prob_and_kl_of_its_steps(method):
     """By torch.distributions. The last step has no noise, and so neither."""

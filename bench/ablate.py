@@ -2,7 +2,6 @@
 
     python bench/ablate.py horizon                             # rlcm with H = 2, 4, 8 steps
     python bench/ablate.py share --seeds 0                     # rlcm that draws a share of the noise anew
-    python bench/ablate.py steps --out runs/compare            # rlcm and ddpo sampled with other steps
 
 Missing runs are trained, and judged during training as in bench/compare.py, which explains the columns; other
 flags go to rlcm.py. The runs are written to --out.
@@ -13,7 +12,6 @@ last       ddpo with and without the last action of Stable Diffusion's own sched
 levels     score with levels even in the integral's square root, in its power 2/3 and in its cube root; and in
            the cube root down to timestep 0, where DDIM ends, not to the data
 kl         rlcm with a KL penalty of 0, 0.005 and 0.02
-steps      bench/evaluate.py of the runs of bench/compare.py --defaults
 """
 import contextlib
 import sys
@@ -27,8 +25,7 @@ import torch
 
 import rlcm
 from bench.common import Parser
-from bench.compare import add_flags, cell, show, table, train_all
-from bench.evaluate import evaluate
+from bench.compare import add_flags, table, train_all
 from rlcm import METHODS
 
 
@@ -87,22 +84,11 @@ def at_equal_accuracy(args):
     table(train_all(args, PARTS[args.ablation], variants=VARIANTS))
 
 
-def steps(args):
-    parts = {f"compress-{method}": ["--method", method] for method in ("rlcm", "ddpo")}
-    for name, runs in train_all(args, parts, to_the_end=True).items():
-        for rows in zip(*[evaluate(run) for run in runs]):
-            cells = [cell([row[column] for row in rows]) for column in ("reward", "seconds")]
-            show("{0}, {weights}, {prompts}, {steps} steps".format(name, **rows[0]), cells)
-
-
-ABLATIONS = dict.fromkeys(PARTS, at_equal_accuracy) | {"steps": steps}
-
-
 def main(argv=None):
     p = Parser("ablate", __doc__)
-    p.add_argument("ablation", choices=ABLATIONS)
+    p.add_argument("ablation", choices=PARTS)
     add_flags(p, "runs/ablate")
-    return p.run(lambda args: ABLATIONS[args.ablation](args), argv, more=True)
+    return p.run(at_equal_accuracy, argv, more=True)
 
 
 if __name__ == "__main__":
