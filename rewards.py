@@ -210,7 +210,7 @@ def checked(part, fn, scale, images, prompts):
     """scale x fn(images, prompts), (B,) float32, on their device. BadInput unless it is B finite numbers."""
     require(images.isfinite().all(), f"the images for the reward {part!r} are not finite numbers")
     with explained(f"the reward {part!r} failed"):
-        torch.set_grad_enabled(images.requires_grad)  # rlcm.py's images do not
+        torch.set_grad_enabled(images.requires_grad)  # not so in rlcm.py
         r = torch.as_tensor(fn(images.clone(), list(prompts)))  # copies, so in-place changes do no harm
         require(not r.is_complex(), f"the reward {part!r} returned complex numbers")
         r = scale * r.float().to(images.device)  # integers would truncate the advantages
@@ -246,12 +246,12 @@ def get_prompts(name):
     """
     if name in PROMPTS:
         return list(PROMPTS[name])
-    if len(name.split()) > 1 and not os.path.exists(name) and not name.endswith(".txt"):
-        return [" ".join(name.split())]
+    words = len(name.split()) > 1 and not os.path.exists(name) and not name.endswith(".txt")
     sets = f"{', '.join(PROMPTS)}, a text file with one prompt per line, or two words or more"
     with explained(f"no prompt set and no readable text file {name!r}: choose from {sets}"):
-        text = Path(name).read_text(encoding="utf-8-sig")  # Notepad's files begin with a byte-order mark
-    table = name.endswith((".csv", ".tsv", ".json", ".jsonl")) or re.match(r'\s*[\[{]\s*["\[{]|.*\t', text)
+        # Notepad's files begin with a byte-order mark.
+        text = " ".join(name.split()) if words else Path(name).read_text(encoding="utf-8-sig")
+    table = name.endswith((".csv", ".tsv", ".json", ".jsonl")) or re.match(r'\s*([\[{]\s*["\[{]|.*\t)', text)
     require(not table, f"{name} is a table or JSON: give a text file with one prompt per line")
     prompts = [line.strip() for line in text.split("\n") if line.strip()]
     require(prompts, f"the prompt file {name} is empty: write one prompt per line")
@@ -294,7 +294,7 @@ def load(kind, source, device=None, **options):
 
 
 # ----------------------------------------------------------------------------------------- functions in files
-LOADED = {}  # folder: when its files had been changed when one of them was imported
+LOADED = {}  # folder -> modification times of its files at the last import
 
 
 def load_function(spec):
@@ -304,7 +304,7 @@ def load_function(spec):
     """
     path, _, name = spec.rpartition(":")
     file = Path(path).resolve()
-    require(file.is_file(), f"there is no file {path}: give path/to/file.py:function")
+    require(file.is_file(), f"there is no file {path} in {os.getcwd()}: give path/to/file.py:function")
     changed = {neighbour: neighbour.stat().st_mtime_ns for neighbour in file.parent.glob("*.py")}
     if LOADED.setdefault(file.parent, changed) != changed:
         forget(file.parent)

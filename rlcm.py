@@ -400,7 +400,7 @@ def check(cfg):
     for name, value in asdict(cfg).items():
         if type(value) in (int, float):
             zero = value == 0 and name in ("kl", "guidance_scale", "seed")
-            require(zero or 0 < value < math.inf, f"--{name.replace('_', '-')} {value}: must be positive")
+            require(zero or 0 < value < 1e12, f"--{name.replace('_', '-')} {value}: must be in (0, 1e12)")
     require(cfg.method in METHODS, f"--method {cfg.method}: must be one of {', '.join(METHODS)}")
     for divisor in (int(os.getenv("WORLD_SIZE", "1")) * cfg.updates, cfg.group_size):
         require(cfg.batch_size % divisor == 0, f"--batch-size must be a multiple of {divisor}")
@@ -634,7 +634,7 @@ def train(cfg, resume=False, on_epoch=None):
     check(cfg)
     cpu = not torch.cuda.is_available()
     accelerator = Accelerator(cpu=cpu, log_with=cfg.log_with or None, project_dir=out)
-    require(resume or not out.exists(), f"{out} exists: give a new --out, or --resume its checkpoint.pt")
+    require(resume or not out.exists(), f"{out} exists: give a new --out, or --resume its checkpoint")
     reward = get_reward(cfg.reward, cfg.model)
     prompts = get_prompts(f"{out}/prompts.txt" if resume else cfg.prompts)
     hint = " (CUDA finds no GPU: is its driver too old?)" if cpu and torch.version.cuda else ""
@@ -741,11 +741,11 @@ def train(cfg, resume=False, on_epoch=None):
             "clip_fraction": (drift > cfg.clip_range).float().mean(),  # PPO clips one side, by A's sign
             "ratio_drift": drift[:, :actions_per_update].max(),  # before the first optimizer step
             "grad_norm": grad_norm,  # of the last optimizer step, before clipping
-            **dict(zip(reward.names, components.mean(0))),
+            **dict(zip(reward.names, components.mean(0)))
         })
         if on_epoch:
             on_epoch(epoch, model, row)
-        rows.append(listify(row))  # again, for what on_epoch has added
+        rows.append(json.loads(json.dumps(row, default=float)))  # on_epoch may add tensors, NumPy
         accelerator.log(row, epoch)
         epochs.set_postfix(reward=f"{row['reward_mean']:.3f}")
 
@@ -869,7 +869,7 @@ def parse(argv):
     if first.resume:
         cfg = replace(read_config(first.resume), out=first.resume)
     else:
-        with explained(f"{first.model} has settings that Config does not know"):
+        with explained(f"{first.model} has settings that Config does not accept"):
             cfg = Config(**preset(first.method, first.model))
     parser.set_defaults(**asdict(cfg))  # for --help
     parser.add_argument("-h", "--help", action="help")
@@ -895,7 +895,7 @@ def main(argv=None):
         return 0
     except KeyboardInterrupt:
         status = 130
-        message = "stopped; --resume with the run's folder continues after its last saved epoch"
+        message = "stopped; if an epoch was saved, --resume with the run's folder continues after it"
     except torch.OutOfMemoryError as e:
         message = f"out of GPU memory: lower --micro-batch or add --gradient-checkpointing ({e})"
     except (BadInput, OSError) as e:  # OSError: a full disk, or a folder that cannot be written

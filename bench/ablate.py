@@ -9,8 +9,8 @@ flags go to rlcm.py. The runs are written to --out.
 horizon    rlcm in 2, 4 and 8 steps
 share      `new` 1, 0.81 and 0.5 for rlcm: how much of the noise is forgotten
 last       ddpo with and without the last action of Stable Diffusion's own scheduler, whose std is 0.029
-levels     score with levels even in the integral's square root, in its power 2/3 and in its cube root; and in
-           the cube root down to timestep 0, where DDIM ends, not to the data
+levels     score with levels even in the 1/2, 2/3 and 1/3 power of beta's integral; and in
+           the last down to timestep 0, where DDIM ends, not to the data
 kl         rlcm with a KL penalty of 0, 0.005 and 0.02
 """
 import contextlib

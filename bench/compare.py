@@ -1,4 +1,4 @@
-"""The methods compared at equal recognition, each at several learning rates, on the embedded model.
+"""The methods compared at equal accuracy, each at several learning rates, on the embedded model.
 
     python bench/compare.py                                     # compress; rlcm, ddpo, score; seeds 0 1 2
     python bench/compare.py --rewards compress incompress --methods rlcm ddpo --seeds 0
@@ -9,7 +9,7 @@
 Degrading the images can raise a reward, so rewards are compared at an equal accuracy: the share of 200 images
 of fixed captions, drawn from fixed noise as a plain pipeline draws them, whose nearest training image (pixel
 L2) has their caption. A run ends when its accuracy has fallen to 0.85. It is judged after every second epoch
-of rlcm and after every epoch of the others, which takes 52 to 84 passes; between two judgements the table
+of rlcm and after every epoch of the others, so every 52 to 84 passes; between two judgements the table
 interpolates linearly. All methods have the same LoRA, rank 16 and alpha 16; other flags go to rlcm.py.
 
 reward      mean over the 200 images

@@ -36,7 +36,8 @@ def evaluate(run, held_out="other-animals", steps=(), judges=(), count=64, **cha
     rewards = {"reward": get_reward(cfg.reward, cfg.model)}
     rewards |= {name: get_reward(name, cfg.model) for name in judges}
     training = get_prompts(str(run / "prompts.txt"))
-    unseen = [prompt for prompt in get_prompts(held_out) if prompt not in set(training)]
+    trained = {prompt.lower() for prompt in training}
+    unseen = [prompt for prompt in dict.fromkeys(get_prompts(held_out)) if prompt.lower() not in trained]
     rlcm.require(unseen, f"--prompts {held_out}: the run was trained on all of them, so none is held out")
     sets = {"training": training, "held-out": unseen}
     print(f"{len(training)} training prompts, {len(unseen)} of {held_out} that are not among them")

@@ -1,4 +1,4 @@
-"""How images come about: two trajectories of one prompt, one rewarded above the prompt's average, one below.
+"""How an image is drawn: two trajectories of one prompt, one rewarded above the prompt's average, one below.
 
     python bench/trajectory.py runs/NAME "cat"                     # writes runs/NAME/trajectory.png
     python bench/trajectory.py runs/NAME "cat" --weights base      # of the pretrained model alone

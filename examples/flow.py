@@ -14,7 +14,7 @@ without noise, which are not a policy. Re-noised images are "pretty decent" (lee
 request 1413), but have not been tried here, so look at samples/epoch-0000.png first.
 
 The levels are the pipelines', even before the shift. An action's gradient grows with s (1 - s_next) / s_next,
-so the last one has most of it: small random models give it 0.7 (Z-Image) and 0.9 (klein) of the squared sum.
+so the last one has most of it: by the levels 0.66 (Z-Image) or 0.87 (klein) of the sum of squares.
 
 With the LoRA, a plain pipeline needs this sampler, too (or FlowMatchLCMScheduler, which is the same). It does
 not pass its generator to the scheduler's step, so the noise comes from the global seed. In float32 on a CPU,

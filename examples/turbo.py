@@ -8,9 +8,9 @@ authors' demo (Stability-AI/generative-models, scripts/demo/turbo.py). With the 
 
     pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
 
-LICENCE, as reported: Stability AI's Community License of July 2024, for research, and for commerce below a
-yearly revenue of a million dollars. The cards still say non-commercial: read LICENSE.md. MEMORY, calculated
-with the aesthetic reward: 5 GB, and 10 for SDXL-Turbo. No real weights have been run.
+LICENCE, as reported: Stability AI's Community License of July 2024, free for research, and for firms that
+earn less than a million dollars a year. The cards still say non-commercial: read LICENSE.md. MEMORY,
+calculated with the aesthetic reward: 5 GB, and 10 for SDXL-Turbo. No real weights have been run.
 """
 import torch
 from diffusers import DiffusionPipeline, EulerAncestralDiscreteScheduler
