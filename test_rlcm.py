@@ -455,7 +455,7 @@ def test_on_epoch_may_add_columns_and_is_not_timed(play, tmp_path):
     _, rows = play(Linear("rlcm", 2), on_epoch=on_epoch, epochs=2, out=f"{tmp_path}/run")
     assert rows[0] == {} and 0 < rows[2]["seconds"] < 0.5
     table = csv.DictReader(open(tmp_path / "run" / "metrics.csv"))
-    assert [row["extra"] for row in table] == ["", "7"]
+    assert [row["extra"] for row in table] == ["", "7.0"]
 
 
 def test_ppo_clips_only_what_profits():
@@ -1564,8 +1564,8 @@ def test_script_shows_its_use_and_refuses_in_one_line(path, capsys):
 
 def test_evaluate_and_sample_draw_what_a_plain_pipeline_draws(tiny_run, tmp_path, monkeypatch):
     """And a LoRA of half the strength is half of it there; clip is a judge."""
-    prompts = ["pizza", "a dog"] * 3
-    (tmp_path / "two.txt").write_text("\n".join(prompts))
+    prompts = ["pizza"] * 3 + ["a dog"] * 3  # as the images are spread over the file
+    (tmp_path / "two.txt").write_text("pizza\na dog\npizza\nA cat")
     flags = ["--prompts", str(tmp_path / "two.txt"), "--steps", "1", "2", "--images", "6", "--judges", "clip"]
     assert evaluate.main([str(tiny_run), *flags]) == 0
     rows = compare.read_rows(tiny_run / "evaluation.csv")
