@@ -103,7 +103,7 @@ def run(cfg, folder):
 
     if GPU:
         torch.cuda.reset_peak_memory_stats()
-    rows = read_rows(rlcm.train(replace(cfg, out=folder), on_epoch=on_epoch) / "metrics.csv")
+    rows = read_rows(rlcm.train(replace(cfg, out=f"{folder}/run"), on_epoch=on_epoch) / "metrics.csv")
     peak = torch.cuda.max_memory_allocated() / 1e9
     n = 8192 if GPU else 1024
     matrix = torch.randn(n, n, device="cuda" if GPU else "cpu", dtype=DTYPE[cfg.precision])
