@@ -1627,19 +1627,20 @@ def test_plot_says_where_a_line_ends(finished, tmp_path, capsys):
     lines = (short / "metrics.csv").read_text().splitlines()
     (short / "metrics.csv").write_text("\n".join(lines[:2]))
     plot.curves([finished, short], tmp_path / "plot.png")
-    assert "rlcm ends at 4 images, where the shortest of its runs ends" in capsys.readouterr().out
+    assert "rlcm ends after 1 epochs, where the shortest of its runs ends" in capsys.readouterr().out
 
 
 def test_compare_runs_until_the_accuracy_has_fallen(tmp_path, monkeypatch, capsys):
     """And the table has the point where it did, interpolated, and the best rate by the rule."""
     accuracies = iter([0.95, 0.91, 0.81, 0.95, 0.75, 0.7])
-    judge = lambda *_: dict(reward=-2.0, accuracy=next(accuracies), retrieval=0.5)  # noqa: E731
+    same = dict(reward=-2.0, retrieval=0.5)
+    judge = lambda n, *_: dict(passes=n, images=4 * n, accuracy=next(accuracies), **same)  # noqa: E731
     monkeypatch.setattr(compare, "judge", judge)
     monkeypatch.setattr(compare, "ProcessPoolExecutor", lambda *_: contextlib.nullcontext(builtins))
     small = ["--steps", "2", "--batch-size", "4", "--rates", "0.001", "0.002", "--seeds", "0"]
     assert compare.main(["--methods", "ddpo", "--out", str(tmp_path), *small]) == 0
     rows = compare.read_rows(tmp_path / "results.csv")
-    at = {(row["rate"], row["accuracy"]): row["images"] for row in rows}
+    at = {(row["lr"], row["accuracy"]): row["images"] for row in rows}
     assert at == {(0.001, 0.9): 4, (0.001, 0.85): 6, (0.002, 0.9): 1, (0.002, 0.85): 2}
     assert "compress, ddpo: learning rate 0.002" in capsys.readouterr().out
     assert compare.main(["--methods", "ddpo", "--out", str(tmp_path), *small]) == 0  # none is trained again

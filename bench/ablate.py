@@ -1,4 +1,4 @@
-"""Ablations on the embedded model, reward compress, default settings.
+"""Ablations on the embedded model: reward compress, and the default settings but for the number of epochs.
 
     python bench/ablate.py horizon                             # rlcm with H = 2, 4, 8 steps
     python bench/ablate.py share --seeds 0                     # rlcm that draws a share of the noise anew
@@ -12,8 +12,11 @@ last       ddpo with and without the last action of Stable Diffusion's own sched
 levels     score with levels even in the 1/2, 2/3 and 1/3 power of beta's integral; and in
            the last down to timestep 0, where DDIM ends, not to the data
 kl         rlcm with a KL penalty of 0, 0.005 and 0.02
+value      the loop of examples/value.py with and without V; prints where the accuracy has fallen to 0.85
 """
 import contextlib
+import io
+import itertools
 import sys
 from functools import partial
 from pathlib import Path
@@ -25,7 +28,8 @@ import torch
 
 import rlcm
 from bench.common import Parser
-from bench.compare import add_flags, table, train_all
+from bench.compare import ACCURACY, Fallen, add_flags, crossing, judge, report, settings, train_all
+from examples import value
 from rlcm import METHODS
 
 
@@ -66,11 +70,12 @@ def levels(power, last, scheduler, cfg):
 
 
 # ---- The ablations: {name: flags}, and what else a name changes
+EACH = ["--save-every", 1]  # judged after each epoch, not after every second one
 PARTS = {
     "horizon": {f"H-{H}": ["--steps", H] for H in (2, 4, 8)},
     "share": {f"share-{new}": [] for new in (1, 0.81, 0.5)},
-    "last": {name: ["--method", "ddpo"] for name in ("no-last-action", "last-action")},
-    "levels": {f"levels-{name}": ["--method", "score"] for name in (2, 1.5, 3, "down-to-0")},
+    "last": {name: ["--method", "ddpo", *EACH] for name in ("no-last-action", "last-action")},
+    "levels": {f"levels-{name}": ["--method", "score", *EACH] for name in (2, 1.5, 3, "down-to-0")},
     "kl": {f"kl-{kl}": ["--kl", kl] for kl in (0, 0.005, 0.02)},
 }
 VARIANTS = {"last-action": partial(changed, "ddpo", with_last_action)}
@@ -80,13 +85,35 @@ for power in (1.5, 3):
 VARIANTS["levels-down-to-0"] = partial(changed, "score", partial(levels, 3, True))
 
 
+def with_value(args):
+    """score with and without the value function, by the loop of examples/value.py. It cannot be resumed."""
+    for lr, seed, use in itertools.product((2e-3, 4e-3, 8e-3), args.seeds, (True, False)):
+        name = f"value-{lr:g}-{seed}" if use else f"no-value-{lr:g}-{seed}"
+        cfg = settings(args.out / name, ["--method", "score", "--lr", lr, "--epochs", 80, "--seed", seed])
+        rows = []
+
+        def on_epoch(epoch, model):
+            rows.append(judge(epoch, model, cfg))
+            if rows[-1]["accuracy"] <= ACCURACY:
+                raise Fallen
+
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Fallen):
+            value.train(cfg, use, on_epoch)
+        print(name, {column: round(at, 3) for column, at in crossing(rows, ACCURACY).items()}, flush=True)
+
+
 def at_equal_accuracy(args):
-    table(train_all(args, PARTS[args.ablation], variants=VARIANTS))
+    if args.ablation == "value":
+        with_value(args)
+        return
+    long = ["--epochs", 80, "--save-every", 2]  # it ends when the accuracy has fallen
+    parts = {name: [*long, *flags] for name, flags in PARTS[args.ablation].items()}
+    report(args, train_all(args, parts, variants=VARIANTS))
 
 
 def main(argv=None):
     p = Parser("ablate", __doc__)
-    p.add_argument("ablation", choices=PARTS)
+    p.add_argument("ablation", choices=[*PARTS, "value"])
     add_flags(p, "runs/ablate")
     return p.run(at_equal_accuracy, argv, more=True)
 

@@ -10,7 +10,7 @@ Degrading the images can raise a reward, so rewards are compared at an equal acc
 of fixed captions, drawn from fixed noise as a plain pipeline draws them, whose nearest training image (pixel
 L2) has their caption. A run ends when its accuracy has fallen to 0.85. It is judged after every second epoch
 of rlcm and after every epoch of the others, so every 52 to 84 passes; between two judgements the table
-interpolates linearly. All methods have the same LoRA, rank 16 and alpha 16; other flags go to rlcm.py.
+interpolates linearly, and has a row for an accuracy of 0.9, too. Other flags go to rlcm.py.
 
 reward      mean over the 200 images
 retrieval   share of them whose own caption tiny/clip ranks first among all
@@ -21,9 +21,9 @@ gain        with --defaults: reward of the last three epochs minus that of the f
             deviations of the first epoch's rewards, from metrics.csv
 
 Runs are written to OUT/REWARD-METHOD-RATE-SEED; a stopped run is resumed, and one with other settings is
-refused. OUT/results.csv has a row per run, OUT/REWARD.png the frontier: a dot per run, a line per method
-through the means of its rates. The best rate is marked, by a rule that was fixed before seeds 5 to 7 were
-run: of the rates whose mean reward is within 0.02 of the method's best, the one with the fewest passes.
+refused. OUT/results.csv has a row per run and accuracy, OUT/REWARD.png the frontier: a dot per run, a line
+per method through the means of its rates. The best rate is marked. The rule was fixed before seeds 5 to 7
+were run: of the rates whose mean reward is within 0.02 of the method's best, the one with the fewest passes.
 """
 import contextlib
 import io
@@ -49,6 +49,8 @@ RATES = {"rlcm": [4.5e-4, 9e-4, 1.8e-3, 3.6e-3], "ddpo": [2e-3, 4e-3, 8e-3]}
 RATES["score"] = RATES["ddpo"]
 ACCURACY = 0.85
 MARGIN = 0.02
+SETTINGS = "method", "lr", "steps", "guidance_scale", "batch_size", "kl", "seed"
+COLUMNS = dict(accuracy=3, passes=0, images=0, seconds=0, reward=3, retrieval=3, gain=2)
 
 
 class Fallen(Exception):
@@ -56,14 +58,19 @@ class Fallen(Exception):
 
 
 # ---- One run, judged along the way
-def judge(model, cfg):
-    """Reward, accuracy and retrieval of the 200 fixed captions."""
+def judge(epoch, model, cfg):
+    """The images and passes so far, and reward, accuracy and retrieval of the 200 fixed captions."""
+    actions = len(model.schedule(cfg.steps).actions)
+    forwards = cfg.steps + actions * (4 if cfg.kl else 3)
+    count = epoch * cfg.batch_size
     train, labels = make_tiny.training_pictures()
     captions = make_tiny.fixed_captions(labels)
     images = rlcm.generate(model, cfg, captions)
     r = get_reward(cfg.reward, cfg.model)(images, captions, cfg.micro_batch)
     images = images.cpu()
     return {
+        "images": count,
+        "passes": count * (1 + model.guided) / 32 * forwards,
         "reward": r.mean().item(),
         "accuracy": make_tiny.nearest_accuracy(images, captions, train, labels),
         "retrieval": make_tiny.retrieval(images, captions, labels),
@@ -79,15 +86,8 @@ def train_judged(job):
     def on_epoch(epoch, model, row):
         if epoch % cfg.save_every and epoch < cfg.epochs:
             return
-        rows = []
-        if epoch:
-            rows = [earlier for earlier in read_rows(path) if earlier["epoch"] < epoch]
-        actions = len(model.schedule(cfg.steps).actions)
-        forwards = cfg.steps + actions * (4 if cfg.kl else 3)
-        images = epoch * cfg.batch_size
-        new = {"epoch": epoch, "seconds": row.get("seconds", 0), "images": images}
-        new["passes"] = images * (1 + model.guided) / 32 * forwards
-        rows.append(new | judge(model, cfg))
+        rows = [earlier for earlier in read_rows(path) if earlier["epoch"] < epoch] if epoch else []
+        rows.append({"epoch": epoch, "seconds": row.get("seconds", 0)} | judge(epoch, model, cfg))
         rlcm.write_rows(rows, path)
         if rows[-1]["accuracy"] <= ACCURACY and epoch > 1 and not to_the_end:  # epoch 1 has no checkpoint yet
             raise Fallen
@@ -96,7 +96,7 @@ def train_judged(job):
     silence = io.StringIO()
     with variant(), contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
         with contextlib.suppress(Fallen):
-            rlcm.train(cfg, path.exists(), on_epoch)
+            rlcm.train(cfg, (path.parent / "checkpoint.pt").exists(), on_epoch)
     last = read_rows(path)[-1]
     return f"{cfg.out}: {last['passes']:.0f} passes, reward {last['reward']:.3f}"
 
@@ -110,15 +110,12 @@ def settings(out, flags):
 
 
 def finished(cfg, to_the_end):
-    """Is the run complete? Raises BadInput if it has other settings or stopped too early to be resumed."""
+    """Is the run complete? Raises BadInput if it has other settings."""
     out = Path(cfg.out)
-    if not any(out.glob("*")):
+    if not (out / "checkpoint.pt").exists():
         return False
-    early = f"{out} stopped before its first checkpoint: remove it to start again"
-    rlcm.require((out / "checkpoint.pt").exists() and (out / "judged.csv").exists(), early)
     old = asdict(rlcm.read_config(out)) | {"out": cfg.out}
-    new = asdict(cfg)
-    other = [f"{name} {old[name]}, not {new[name]}" for name in new if old[name] != new[name]]
+    other = [f"{name} {old[name]}, not {new}" for name, new in asdict(cfg).items() if old[name] != new]
     rlcm.require(not other, f"{out} has {'; '.join(other)}: remove it, or give another --out")
     last = read_rows(out / "judged.csv")[-1]
     return last["epoch"] == cfg.epochs or (last["accuracy"] <= ACCURACY and not to_the_end)
@@ -152,34 +149,48 @@ def train_all(args, parts, to_the_end=False, variants={}):
 
 
 # ---- The table
-def crossing(rows, value=ACCURACY, name="accuracy"):
-    """The row where a column first passes a value, by linear interpolation; nan if it never does."""
+def crossing(rows, accuracy):
+    """The row where the accuracy first falls to a value, by linear interpolation; nan if it never does."""
     for a, b in zip(rows, rows[1:]):
-        if min(a[name], b[name]) <= value <= max(a[name], b[name]) and a[name] != b[name]:
-            share = (value - a[name]) / (b[name] - a[name])
-            return {key: a[key] + share * (b[key] - a[key]) for key in b}
+        if a["accuracy"] > accuracy >= b["accuracy"]:
+            share = (accuracy - a["accuracy"]) / (b["accuracy"] - a["accuracy"])
+            return {name: a[name] + share * (b[name] - a[name]) for name in b}
     return dict.fromkeys(rows[-1], np.nan)
 
 
-def cell(values, digits=3):
-    """Mean and, in brackets, each seed; - for what was not reached."""
+def measured(run, accuracy):
+    """A run's settings and COLUMNS at an accuracy, or at its end, with its gain, if that is None."""
+    rows = read_rows(run / "judged.csv")
+    at = crossing(rows, accuracy) | {"accuracy": accuracy}
+    if accuracy is None:
+        metrics = read_rows(run / "metrics.csv")
+        rewards = [row["reward_mean"] for row in metrics]
+        at = rows[-1] | {"gain": (np.mean(rewards[-3:]) - np.mean(rewards[:3])) / metrics[0]["reward_std"]}
+    settings = asdict(rlcm.read_config(run))
+    row = {"run": run.name, "task": settings["reward"]} | {name: settings[name] for name in SETTINGS}
+    return row | {column: round(at[column], digits) for column, digits in COLUMNS.items() if column in at}
+
+
+def cell(values, digits):
+    """Mean and, in brackets, each seed if they differ; - for what was not reached."""
     mean, *each = [f"{value:.{digits}f}".replace("nan", "-") for value in (np.mean(values), *values)]
-    return f"{mean} ({' '.join(each)})" if len(each) > 1 else mean
+    return f"{mean} ({' '.join(each)})" if len(set(each)) > 1 else mean
 
 
-def show(title, cells):
-    print(f"{title:24}" + "".join(f"{text:26}" for text in cells), flush=True)
-
-
-COLUMNS = {"passes": 0, "images": 0, "seconds": 0, "reward": 3, "retrieval": 3}
-
-
-def table(groups, moment=crossing):
-    """groups: {name: folders of its runs}. Print a row for each."""
-    show("", COLUMNS)
-    for name, runs in groups.items():
-        rows = [moment(read_rows(run / "judged.csv")) for run in runs]
-        show(name, [cell([row[column] for row in rows], digits) for column, digits in COLUMNS.items()])
+def report(args, groups, accuracies=(0.9, ACCURACY)):
+    """groups: {name: folders of its runs}. Print a table, write OUT/results.csv, and return its rows."""
+    rows = []
+    for accuracy, (name, runs) in itertools.product(accuracies, groups.items()):
+        found = [measured(run, accuracy) for run in runs]
+        columns = [column for column in COLUMNS if column in found[0]]
+        if not rows:
+            print(f"{'':24}" + "".join(f"{column:30}" for column in columns))
+        cells = [cell([row[column] for row in found], COLUMNS[column]) for column in columns]
+        print(f"{name:24}" + "".join(f"{text:30}" for text in cells))
+        rows += found
+    rlcm.write_rows(rows, args.out / "results.csv")
+    print(f"wrote {args.out}/results.csv")
+    return rows
 
 
 def best(means):
@@ -189,47 +200,15 @@ def best(means):
     return min(good, key=good.get)
 
 
-def gain(run):
-    rows = read_rows(run / "metrics.csv")
-    reward = [row["reward_mean"] for row in rows]
-    return (np.mean(reward[-3:]) - np.mean(reward[:3])) / rows[0]["reward_std"]
-
-
-def compare(args):
-    """Train the runs; print a table and draw a frontier for each reward."""
-    same = ["--lora-rank", 16, "--lora-alpha", 16, "--epochs", 80]
-    parts = {}
-    keys = {}
-    for reward, method in itertools.product(args.rewards, args.methods):
-        every = 2 if method == "rlcm" else 1
-        for rate in args.rates or RATES[method]:
-            name = f"{re.sub('[^a-zA-Z0-9]+', '-', reward)}-{method}-{rate:g}"
-            keys[name] = reward, method, rate
-            parts[name] = ["--reward", reward, "--method", method, "--lr", rate, "--save-every", every, *same]
-    groups = train_all(args, parts)
-
-    table(groups)
-    results = []
-    for name, runs in groups.items():
-        for (seed, run), accuracy in itertools.product(zip(args.seeds, runs), (0.9, ACCURACY)):
-            at = crossing(read_rows(run / "judged.csv"), accuracy)
-            row = dict(zip(("task", "method", "rate"), keys[name])) | {"seed": seed, "accuracy": accuracy}
-            results.append(row | {column: round(at[column], digits) for column, digits in COLUMNS.items()})
-    rlcm.write_rows(results, args.out / "results.csv")
-    for reward in args.rewards:
-        rows = [row for row in results if row["task"] == reward and row["accuracy"] == ACCURACY]
-        frontier(reward, rows, args.out)
-
-
 def frontier(task, rows, out):
     """Print each method's best rate, and draw reward by passes at ACCURACY."""
     axis = Figure(figsize=(6, 4), layout="constrained").subplots()
     for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         own = [row for row in rows if row["method"] == method]
         means = {}
-        for rate in dict.fromkeys(row["rate"] for row in own):
-            points = [(row["passes"], row["reward"]) for row in own if row["rate"] == rate]
-            means[rate] = tuple(np.mean(points, 0))
+        for lr in dict.fromkeys(row["lr"] for row in own):
+            points = [(row["passes"], row["reward"]) for row in own if row["lr"] == lr]
+            means[lr] = tuple(np.mean(points, 0))
             axis.plot(*zip(*points), ".", color=f"C{number}", alpha=0.5)
         chosen = best(means)
         axis.plot(*zip(*means.values()), color=f"C{number}", label=method)
@@ -237,22 +216,32 @@ def frontier(task, rows, out):
         print(f"{task}, {method}: learning rate {chosen:g}")
     axis.set(xlabel="passes of the network", ylabel=f"reward ({task}) at accuracy {ACCURACY}")
     axis.legend(frameon=False)
-    path = out / f"{re.sub('[^a-zA-Z0-9]+', '-', task)}.png"
+    path = out / f"{plain(task)}.png"
     axis.figure.savefig(path, dpi=120)
-    print(f"wrote {path} and {out}/results.csv")
+    print(f"wrote {path}")
 
 
-def defaults(args):
-    """Train the default settings to their end; print the end of every run."""
+def plain(reward):
+    return re.sub("[^a-zA-Z0-9]+", "-", reward)
+
+
+def compare(args):
+    """Train the runs, print a table and, unless they have the defaults, draw a frontier for each reward."""
     parts = {}
     for reward, method in itertools.product(args.rewards, args.methods):
-        name = f"{re.sub('[^a-zA-Z0-9]+', '-', reward)}-{method}"
-        parts[name] = ["--reward", reward, "--method", method]
-    groups = train_all(args, parts, to_the_end=True)
-    table(groups, moment=lambda rows: rows[-1])
-    for name, runs in groups.items():
-        accuracy = [read_rows(run / "judged.csv")[-1]["accuracy"] for run in runs]
-        show(name, [f"gain {cell([gain(run) for run in runs], 2)}", f"accuracy {cell(accuracy)}"])
+        name = f"{plain(reward)}-{method}"
+        flags = ["--reward", reward, "--method", method]
+        if args.defaults:
+            parts[name] = flags
+            continue
+        every = 2 if method == "rlcm" else 1
+        for rate in args.rates or RATES[method]:
+            parts[f"{name}-{rate:g}"] = [*flags, "--lr", rate, "--save-every", every, "--epochs", 80]
+    groups = train_all(args, parts, args.defaults)
+    rows = report(args, groups, (None,) if args.defaults else (0.9, ACCURACY))
+    for reward in [] if args.defaults else args.rewards:
+        at = [row for row in rows if row["task"] == reward and row["accuracy"] == ACCURACY]
+        frontier(reward, at, args.out)
 
 
 def main(argv=None):
@@ -262,7 +251,7 @@ def main(argv=None):
     p.add_argument("--rates", nargs="+", type=float, metavar="RATE", help="default: four for each method")
     p.add_argument("--defaults", action="store_true", help="the default settings, to their end")
     add_flags(p, "runs/compare")
-    return p.run(lambda args: (defaults if args.defaults else compare)(args), argv, more=True)
+    return p.run(compare, argv, more=True)
 
 
 if __name__ == "__main__":

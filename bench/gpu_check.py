@@ -7,16 +7,16 @@ Each row of the table is a job; a failed one does not stop the others. First the
 fp32 and in bf16, and with a reward model. Then random weights in the architecture of LCM_Dreamshaper_v7 (SD
 1.5 with guidance embedding, 512 px, bf16): several micro-batches, checkpointing, compiled, and 1024 px.
 Last, SD 1.5 with ddpo, guidance and a KL penalty. Writes runs/gpu-check.txt. Exit status: 1 if a job
-failed. A run passes if its drift is small enough. A row shows
+failed. A run passes if its ratio_drift is small enough. A row shows
 
-epoch     seconds of an epoch, the median
-network   seconds of the epoch's passes through encoder, network and decoder alone, on fixed inputs
-floor     seconds of the floating-point operations of these passes at the rate of a large matrix product
-peak      GPU memory in GB
-drift     largest |ratio - 1| before the first optimizer step: 0 in fp32, at most the clip range in bf16.
-          Compiled code rounds differently with and without gradients: in bf16, on a small network (D = 256),
-          the drift was 1.5e-4 to 5.5e-4, which is beyond the clip range, 1e-4
-path_kl   of the untouched LoRA, with a KL penalty: 0 but for rounding. Smaller values in a run mean nothing
+epoch        seconds of an epoch, the median
+network      seconds of the epoch's passes through encoder, network and decoder alone, on fixed inputs
+floor        seconds of the floating-point operations of these passes at the rate of a large matrix product
+peak         GPU memory in GB
+ratio_drift  largest |ratio - 1| before the first optimizer step: 0 in fp32, at most the clip range in bf16.
+             Compiled code rounds differently with and without gradients: in bf16, on a small network
+             (D = 256), it was 1.5e-4 to 5.5e-4, which is beyond the clip range, 1e-4
+path_kl      of the untouched LoRA, with a KL penalty: 0 but for rounding. A run's smaller values mean nothing
 """
 import gc
 import sys
@@ -35,7 +35,6 @@ import rlcm
 from bench.common import Parser, read_rows
 
 GPU = torch.cuda.is_available()
-DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def full_size(cfg, device):
@@ -55,7 +54,7 @@ def full_size(cfg, device):
     tiny = Path(rlcm.__file__).parent / rlcm.METHODS[cfg.method].tiny
     pipe = DiffusionPipeline.from_pretrained(tiny, **parts)
     pipe.tokenizer.model_max_length = 77
-    return rlcm.StableDiffusion(pipe.to(device, DTYPE[cfg.precision]), cfg)
+    return rlcm.StableDiffusion(pipe.to(device, rlcm.DTYPES[cfg.precision]), cfg)
 
 
 def compiled(cfg, device):
@@ -106,14 +105,14 @@ def run(cfg, folder):
     rows = read_rows(rlcm.train(replace(cfg, out=f"{folder}/run"), on_epoch=on_epoch) / "metrics.csv")
     peak = torch.cuda.max_memory_allocated() / 1e9
     n = 8192 if GPU else 1024
-    matrix = torch.randn(n, n, device="cuda" if GPU else "cpu", dtype=DTYPE[cfg.precision])
+    matrix = torch.randn(n, n, device="cuda" if GPU else "cpu", dtype=rlcm.DTYPES[cfg.precision])
     product = np.median([seconds(torch.mm, matrix, matrix) for _ in range(20)])
     floor = counter.get_total_flops() / (2 * n**3) * product
     epoch = np.median(np.diff([row["seconds"] for row in rows]))
     network = np.median([row["network"] for row in rows])
     drift = max(row["ratio_drift"] for row in rows)
     found = f"epoch {epoch:.3g} s, network {network:.3g} s, floor {floor:.3g} s, peak {peak:.1f} GB, "
-    found += f"drift {drift:.1g}, path_kl {rows[0]['path_kl']:.2g}, reward {rows[-1]['reward_mean']:.3f}"
+    found += f"ratio_drift {drift:.1g}, path_kl {rows[0]['path_kl']:.2g}"
     return drift <= (cfg.clip_range if cfg.precision == "bf16" else 0), found
 
 

@@ -53,37 +53,29 @@ def curves(runs, path):
     axes = figure.subplots(1, 2, sharey=True)
     for settings, members in lines:
         label = ", ".join(f"{name} {settings[name]}" for name in names)
-        for column, (name, axis) in enumerate(zip(COLUMNS, axes)):
-            start = max(m[column, 0] for m in members)
-            ends = [m[column, -1] for m in members]
-            end = min(ends)
-            if end < 0.9 * max(ends):
-                print(f"{label or 'the line'} ends at {end:.0f} {name}, where the shortest of its runs ends")
-            grid = np.linspace(start, end, 200)
-            rewards = np.array([np.interp(grid, m[column], m[2]) for m in members])  # (runs, 200)
-            mean = rewards.mean(0)
-            std = rewards.std(0)
-            if len(members) == 1:
-                std = np.interp(grid, members[0][column], members[0][3])
-            (line,) = axis.plot(grid, mean, label=label.removeprefix("method "))
-            axis.fill_between(grid, mean - std, mean + std, alpha=0.2, color=line.get_color(), linewidth=0)
+        epochs = min(len(m[0]) for m in members)
+        if epochs < max(len(m[0]) for m in members):
+            print(f"{label or 'the line'} ends after {epochs} epochs, where the shortest of its runs ends")
+        columns = np.stack([m[:, :epochs] for m in members])  # (runs, 4, epochs)
+        images, seconds, reward, std = columns.mean(0)
+        if len(members) > 1:
+            std = columns[:, 2].std(0)
+        for axis, x in zip(axes, (images, seconds)):
+            (line,) = axis.plot(x, reward, label=label.removeprefix("method "))
+            axis.fill_between(x, reward - std, reward + std, alpha=0.2, color=line.get_color(), linewidth=0)
     rewards = sorted({settings["reward"] for settings, _ in lines})
     axes[0].set(xlabel="images rewarded", ylabel=f"reward: {', '.join(rewards)}")
     axes[1].set(xlabel="seconds")
     axes[0].legend(frameon=False)
     figure.savefig(path, dpi=120)
+    print(f"wrote {path}")
 
 
 def main(argv=None):
     p = Parser("plot", __doc__)
     p.add_argument("runs", nargs="+", metavar="RUN", help="runs' folders")
     p.add_argument("--out", default="plot.png", metavar="FILE", help="default: plot.png")
-
-    def work(args):
-        curves(args.runs, args.out)
-        print(f"wrote {args.out}")
-
-    return p.run(work, argv)
+    return p.run(lambda args: curves(args.runs, args.out), argv)
 
 
 if __name__ == "__main__":

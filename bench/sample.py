@@ -17,32 +17,32 @@ import rlcm
 from bench.common import Parser, open_run
 
 
-def sample(run, prompts, strengths=(1.0,), out=None, also=()):
-    """Draw the rows into an image file. Returns its path. Raises BadInput."""
-    cfg, model = open_run(run)
-    path = Path(out or Path(run) / "sample.png")
+def sample(args):
+    """Draw the rows into an image file. Raises BadInput."""
+    cfg, model = open_run(args.run)
+    path = Path(args.out or Path(args.run) / "sample.png")
     fits = path.suffix in (".png", ".jpg", ".webp") and path.parent.is_dir()
     rlcm.require(fits, f"--out {path}: give a .png, .jpg or .webp file in a folder that exists")
 
     with model.reference():
-        images = [rlcm.generate(model, cfg, prompts)]
-    captions = [f"{prompt}, base" for prompt in prompts]
+        images = [rlcm.generate(model, cfg, args.prompts)]
+    captions = [f"{prompt}, base" for prompt in args.prompts]
 
     # A LoRA adds lora_B lora_A to a layer, so it has half the strength when lora_B is halved.
-    tuned = cfg.reward if also else "tuned"
-    rows = [(run, tuned if strength == 1 else f"x {strength:g}", strength) for strength in strengths]
-    rows += [(other, rlcm.read_config(other).reward, 1.0) for other in also]
-    for folder, name, strength in rows:
-        rlcm.load_checkpoint(folder, model)
+    tuned = cfg.reward if args.also else "tuned"
+    rows = [(args.run, tuned if strength == 1 else f"x {strength:g}", strength) for strength in args.strength]
+    rows += [(run, rlcm.read_config(run).reward, 1.0) for run in args.also]
+    for run, name, strength in rows:
+        rlcm.load_checkpoint(run, model)
         scaled = [p for name, p in model.trainable.items() if "lora_B" in name]
         rlcm.require(scaled or strength == 1, f"--strength {strength}: this model has no LoRA to scale")
         for p in scaled:
             p.data *= strength
-        images.append(rlcm.generate(model, cfg, prompts))
-        captions += [f"{prompt}, {name}" for prompt in prompts]
+        images.append(rlcm.generate(model, cfg, args.prompts))
+        captions += [f"{prompt}, {name}" for prompt in args.prompts]
 
-    rlcm.sample_grid(torch.cat(images), captions, columns=len(prompts)).save(path)
-    return path
+    rlcm.sample_grid(torch.cat(images), captions, columns=len(args.prompts)).save(path)
+    print(f"wrote {path}")
 
 
 def main(argv=None):
@@ -52,11 +52,7 @@ def main(argv=None):
     p.add_argument("--strength", nargs="+", type=float, default=[1.0], help="of the LoRA; default 1")
     p.add_argument("--also", nargs="+", default=[], metavar="RUN", help="runs with the same model and steps")
     p.add_argument("--out", metavar="FILE", help="default: RUN/sample.png")
-
-    def work(args):
-        print(f"wrote {sample(args.run, args.prompts, args.strength, args.out, args.also)}")
-
-    return p.run(work, argv)
+    return p.run(sample, argv)
 
 
 if __name__ == "__main__":
