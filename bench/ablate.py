@@ -99,7 +99,8 @@ def with_value(args):
 
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Fallen):
             value.train(cfg, use, on_epoch)
-        print(name, {column: round(at, 3) for column, at in crossing(rows, ACCURACY).items()}, flush=True)
+        at = crossing(rows, "accuracy", ACCURACY)
+        print(name, {column: round(value, 3) for column, value in at.items()}, flush=True)
 
 
 def at_equal_accuracy(args):

@@ -10,7 +10,8 @@ Degrading the images can raise a reward, so rewards are compared at an equal acc
 of fixed captions, drawn from fixed noise as a plain pipeline draws them, whose nearest training image (pixel
 L2) has their caption. A run ends when its accuracy has fallen to 0.85. It is judged after every second epoch
 of rlcm and after every epoch of the others, so every 52 to 84 passes; between two judgements the table
-interpolates linearly, and has a row for an accuracy of 0.9, too. Other flags go to rlcm.py.
+interpolates linearly, and has rows for an accuracy of 0.9 and a retrieval of 0.7, too. Other flags go to
+rlcm.py.
 
 reward      mean over the 200 images
 retrieval   share of them whose own caption tiny/clip ranks first among all
@@ -21,9 +22,9 @@ gain        with --defaults: reward of the last three epochs minus that of the f
             deviations of the first epoch's rewards, from metrics.csv
 
 Runs are written to OUT/REWARD-METHOD-RATE-SEED; a stopped run is resumed, and one with other settings is
-refused. OUT/results.csv has a row per run and accuracy, OUT/REWARD.png the frontier: a dot per run, a line
-per method through the means of its rates. The best rate is marked. The rule was fixed before seeds 5 to 7
-were run: of the rates whose mean reward is within 0.02 of the method's best, the one with the fewest passes.
+refused. OUT/results.csv has these rows for every run, OUT/frontier.png a dot per run and a line per method
+through the means of its rates. The best rate is marked. The rule was fixed before seeds 5 to 7 were run: of
+the rates whose mean reward is within 0.02 of the method's best, the one with the fewest passes.
 """
 import contextlib
 import io
@@ -49,6 +50,7 @@ RATES = {"rlcm": [4.5e-4, 9e-4, 1.8e-3, 3.6e-3], "ddpo": [2e-3, 4e-3, 8e-3]}
 RATES["score"] = RATES["ddpo"]
 ACCURACY = 0.85
 MARGIN = 0.02
+MOMENTS = "accuracy 0.9", f"accuracy {ACCURACY}", "retrieval 0.7"
 SETTINGS = "method", "lr", "steps", "guidance_scale", "batch_size", "kl", "seed"
 COLUMNS = dict(accuracy=3, passes=0, images=0, seconds=0, reward=3, retrieval=3, gain=2)
 
@@ -149,26 +151,29 @@ def train_all(args, parts, to_the_end=False, variants={}):
 
 
 # ---- The table
-def crossing(rows, accuracy):
-    """The row where the accuracy first falls to a value, by linear interpolation; nan if it never does."""
+def crossing(rows, judge, value):
+    """The row where accuracy or retrieval first falls to a value, interpolated; nan if it never does."""
     for a, b in zip(rows, rows[1:]):
-        if a["accuracy"] > accuracy >= b["accuracy"]:
-            share = (accuracy - a["accuracy"]) / (b["accuracy"] - a["accuracy"])
+        if a[judge] > value >= b[judge]:
+            share = (value - a[judge]) / (b[judge] - a[judge])
             return {name: a[name] + share * (b[name] - a[name]) for name in b}
     return dict.fromkeys(rows[-1], np.nan)
 
 
-def measured(run, accuracy):
-    """A run's settings and COLUMNS at an accuracy, or at its end, with its gain, if that is None."""
+def measured(run, moment):
+    """A run's settings, and COLUMNS at a moment: "accuracy 0.85", or the end, which has a gain, too."""
     rows = read_rows(run / "judged.csv")
-    at = crossing(rows, accuracy) | {"accuracy": accuracy}
-    if accuracy is None:
+    if moment == "end":
         metrics = read_rows(run / "metrics.csv")
         rewards = [row["reward_mean"] for row in metrics]
         at = rows[-1] | {"gain": (np.mean(rewards[-3:]) - np.mean(rewards[:3])) / metrics[0]["reward_std"]}
+    else:
+        judge, value = moment.split()
+        at = crossing(rows, judge, float(value))
     settings = asdict(rlcm.read_config(run))
     row = {"run": run.name, "task": settings["reward"]} | {name: settings[name] for name in SETTINGS}
-    return row | {column: round(at[column], digits) for column, digits in COLUMNS.items() if column in at}
+    columns = {column: round(at[column], digits) for column, digits in COLUMNS.items() if column in at}
+    return row | {"at": moment} | columns
 
 
 def cell(values, digits):
@@ -177,12 +182,12 @@ def cell(values, digits):
     return f"{mean} ({' '.join(each)})" if len(set(each)) > 1 else mean
 
 
-def report(args, groups, accuracies=(0.9, ACCURACY)):
+def report(args, groups, moments=MOMENTS):
     """groups: {name: folders of its runs}. Print a table, write OUT/results.csv, and return its rows."""
     rows = []
-    for accuracy, (name, runs) in itertools.product(accuracies, groups.items()):
-        found = [measured(run, accuracy) for run in runs]
-        columns = [column for column in COLUMNS if column in found[0]]
+    for moment, (name, runs) in itertools.product(moments, groups.items()):
+        found = [measured(run, moment) for run in runs]
+        columns = [column for column in found[0] if column in COLUMNS]
         if not rows:
             print(f"{'':24}" + "".join(f"{column:30}" for column in columns))
         cells = [cell([row[column] for row in found], COLUMNS[column]) for column in columns]
@@ -200,48 +205,46 @@ def best(means):
     return min(good, key=good.get)
 
 
-def frontier(task, rows, out):
-    """Print each method's best rate, and draw reward by passes at ACCURACY."""
-    axis = Figure(figsize=(6, 4), layout="constrained").subplots()
-    for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
-        own = [row for row in rows if row["method"] == method]
-        means = {}
-        for lr in dict.fromkeys(row["lr"] for row in own):
-            points = [(row["passes"], row["reward"]) for row in own if row["lr"] == lr]
-            means[lr] = tuple(np.mean(points, 0))
-            axis.plot(*zip(*points), ".", color=f"C{number}", alpha=0.5)
-        chosen = best(means)
-        axis.plot(*zip(*means.values()), color=f"C{number}", label=method)
-        axis.plot(*means[chosen], "o", color=f"C{number}")
-        print(f"{task}, {method}: learning rate {chosen:g}")
-    axis.set(xlabel="passes of the network", ylabel=f"reward ({task}) at accuracy {ACCURACY}")
-    axis.legend(frameon=False)
-    path = out / f"{plain(task)}.png"
-    axis.figure.savefig(path, dpi=120)
+def frontier(rows, path):
+    """Print each method's best rate, and draw reward by passes; rows: those at ACCURACY."""
+    tasks = dict.fromkeys(row["task"] for row in rows)
+    figure = Figure(figsize=(5 * len(tasks), 4), layout="constrained")
+    for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks):
+        for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+            own = [row for row in rows if (row["task"], row["method"]) == (task, method)]
+            means = {}
+            for lr in dict.fromkeys(row["lr"] for row in own):
+                points = [(row["passes"], row["reward"]) for row in own if row["lr"] == lr]
+                means[lr] = tuple(np.mean(points, 0))
+                axis.plot(*zip(*points), ".", color=f"C{number}", alpha=0.5)
+            chosen = best(means)
+            axis.plot(*zip(*means.values()), color=f"C{number}", label=method)
+            axis.plot(*means[chosen], "o", color=f"C{number}")
+            print(f"{task}, {method}: learning rate {chosen:g}")
+        axis.set(xlabel="passes of the network", ylabel="reward", title=f"{task}, at accuracy {ACCURACY}")
+        axis.legend(frameon=False)
+    figure.savefig(path, dpi=120)
     print(f"wrote {path}")
 
 
-def plain(reward):
-    return re.sub("[^a-zA-Z0-9]+", "-", reward)
-
-
 def compare(args):
-    """Train the runs, print a table and, unless they have the defaults, draw a frontier for each reward."""
+    """Train the runs, print a table and, unless they have the defaults, draw the frontiers."""
     parts = {}
     for reward, method in itertools.product(args.rewards, args.methods):
-        name = f"{plain(reward)}-{method}"
+        name = f"{re.sub('[^a-zA-Z0-9]+', '-', reward)}-{method}"
         flags = ["--reward", reward, "--method", method]
         if args.defaults:
             parts[name] = flags
             continue
         every = 2 if method == "rlcm" else 1
-        for rate in args.rates or RATES[method]:
-            parts[f"{name}-{rate:g}"] = [*flags, "--lr", rate, "--save-every", every, "--epochs", 80]
+        for lr in args.rates or RATES[method]:
+            parts[f"{name}-{lr:g}"] = [*flags, "--lr", lr, "--save-every", every, "--epochs", 80]
     groups = train_all(args, parts, args.defaults)
-    rows = report(args, groups, (None,) if args.defaults else (0.9, ACCURACY))
-    for reward in [] if args.defaults else args.rewards:
-        at = [row for row in rows if row["task"] == reward and row["accuracy"] == ACCURACY]
-        frontier(reward, at, args.out)
+    if args.defaults:
+        report(args, groups, ["end"])
+    else:
+        rows = report(args, groups)
+        frontier([row for row in rows if row["at"] == MOMENTS[1]], args.out / "frontier.png")
 
 
 def main(argv=None):
