@@ -210,7 +210,7 @@ def checked(part, fn, scale, images, prompts):
     """scale x fn(images, prompts), (B,) float32, on their device. BadInput unless it is B finite numbers."""
     require(images.isfinite().all(), f"the images for the reward {part!r} are not finite numbers")
     with explained(f"the reward {part!r} failed"):
-        torch.set_grad_enabled(images.requires_grad)  # not so in rlcm.py
+        torch.set_grad_enabled(images.requires_grad)  # False in rlcm.py
         r = torch.as_tensor(fn(images.clone(), list(prompts)))  # copies, so in-place changes do no harm
         require(not r.is_complex(), f"the reward {part!r} returned complex numbers")
         r = scale * r.float().to(images.device)  # integers would truncate the advantages
@@ -240,9 +240,9 @@ PROMPTS["animals-activities"] = [
 
 
 def get_prompts(name):
-    """List of prompts: the set of that name, the non-empty lines of a text file, or the words themselves.
+    """List of prompts: the set of that name, the non-empty lines of a text file, or the text itself.
 
-    Words are a prompt if there are two or more, no file has that name, and they do not end in .txt.
+    Text is a prompt if it has two words or more, no file has that name, and it does not end in .txt.
     """
     if name in PROMPTS:
         return list(PROMPTS[name])

@@ -19,8 +19,8 @@ THE OBJECTIVE (on the right: the function that computes it)
 Sampling is a Markov decision process: the state is (x_k, t_k, c), the action is the next latent x_{k+1}, and
 the reward comes at the end. A latent is alpha_t * clean latent + sigma_t * z, z ~ N(0, I); alpha_t is called
 signal here, and sigma_t noise. A step predicts the clean latent, pred_x0, and with it the noise eps in x_k.
-It keeps part of eps and draws a share `new` of the next level's noise variance afresh. Deterministic DDIM has
-new = 0. A prime marks the level of x_{k+1}:
+It keeps part of eps and adds fresh noise: a share `new` of the next level's noise variance. Deterministic
+DDIM has new = 0. A prime marks the level of x_{k+1}:
 
     x_{k+1} ~ N( signal' pred_x0 + sqrt(1 - new) noise' eps,  new noise'^2 I )              policy
     eps = (x_k - signal pred_x0) / noise
@@ -39,8 +39,8 @@ new = 0. A prime marks the level of x_{k+1}:
 A step that adds no noise has no density: it is not an action, and the sums over k leave it out. This is one
 reason for the ≈: such a last step depends on theta, too, but its derivative is dropped, as in RLCM, since it
 would take a reward that can be differentiated (examples/differentiable.py). The others: dividing by each
-prompt's std reweights the prompts; mean r has the image's own reward in it, and those of slightly older
-policies; and the code's loss is 1 / (D * number of actions) of this.
+prompt's std reweights the prompts; mean r includes the image's own reward, and rewards from slightly older
+policies; and the code's loss is this divided by D * number of actions.
 
 The KL penalty of Scores as Actions (--kl lambda, for every method, 0 by default) keeps the policy near the
 pretrained model. Here r is standardised as in A:
@@ -71,7 +71,7 @@ GLOSSARY      shape           meaning; symbol in the papers
     c                         encoded prompts: whatever model.encode returns
     s                         schedule. Tensors (H,): s.t, timestep of each step (tau_n in RLCM); s.signal and
                               s.noise, the level before it; s.signal_next and s.noise_next, the level after
-                              it; s.new, the share of noise variance drawn afresh, so std_k^2 = new noise'^2;
+                              it; s.new, the share of fresh noise variance, so std_k^2 = new noise'^2;
                               s.c_skip and s.c_out, 0 and 1 but for an LCM. And s.start, the std of x_0;
                               s.actions, a list of the steps that add noise
     denoise   a function      denoise(x, k, c, s) -> pred_x0: the network
@@ -85,7 +85,7 @@ PAPERS on arXiv: RLCM 2404.03673, RL for Consistency Models. LCM 2310.04378, Lat
     DDPO 2305.13301, Training Diffusion Models with Reinforcement Learning. DDIM 2010.02502. PPO 1707.06347.
     SaA 2409.08400, Scores as Actions, and 2502.01819. Differences from the official code: docs/papers.md.
     "Official:" names the functions of Owen-Oertell/rlcm (b8330ed), then of kvablack/ddpo-pytorch (1958463).
-NOT HERE: full fine-tuning of a pipeline, fp16, value functions. What goes beyond the papers: examples/.
+NOT HERE: full fine-tuning of a pipeline, fp16, value networks. Extensions beyond the papers: examples/.
 """
 import contextlib
 import csv
@@ -123,7 +123,7 @@ from rewards import BadInput, explained, get_prompts, get_reward, load_function,
 
 
 def policy(denoise, x, k, c, s):
-    """The Gaussian of x_{k+1} when x_k = x. Returns its mean (B, C, h, w) and its std, a scalar.
+    """The Gaussian of x_{k+1} given x_k = x. Returns its mean (B, C, h, w) and its std, a scalar.
 
     Official: LCMScheduler.step; ddim_step_with_logprob.
     """
@@ -141,7 +141,7 @@ def policy(denoise, x, k, c, s):
 #   DDPO: DDIM, eq. 12                   mean  sqrt(ab') pred_x0 + sqrt(1 - ab' - std^2) eps
 #         DDIM, eq. 16, eta = 1          std   sqrt((1 - ab') / (1 - ab)) sqrt(1 - ab / ab')
 #   SaA: with the score a = -eps / noise and rho = ab / ab', the mean is (x + (1 - rho) a) / sqrt(rho).
-#         In steps that are short beside the distance to the data, it is x + (beta x / 2 + beta a) dt, and
+#         For steps short compared with the distance to the data, it is x + (beta x / 2 + beta a) dt, and
 #         the std sqrt(beta dt). With 6 steps the std is 0.5 to 0.7 of that.
 
 
@@ -174,7 +174,7 @@ def ddpo_schedule(scheduler, cfg):
 def score_schedule(scheduler, cfg):
     """Continuous time: the SDE dX = -1/2 beta X dt + sqrt(beta) dB of the model's betas.
 
-    It has alpha_bar(t) = exp(-integral of beta up to t). The levels are even in the square root of that
+    alpha_bar(t) is exp(-integral of beta up to t). Levels are evenly spaced in the square root of that
     integral, so steps are small near the data. The last one reaches alpha_bar = 1: H - 1 actions.
     """
     integral = -scheduler.alphas_cumprod.double().log()  # at t = 0 .. 999, interpolated linearly
@@ -194,7 +194,7 @@ def level(alpha_bar):
 def make_schedule(t, level, level_next, new=None, **others):
     """The glossary's s from timesteps (H,) and two levels, each a pair (signal, noise) of tensors (H,).
 
-    Without `new`, it is that of DDIM with eta = 1, which is Euler-ancestral. Others: start, c_skip and c_out.
+    `new` defaults to DDIM's with eta = 1, an Euler-ancestral step. Others: start, c_skip and c_out.
     """
     signal, noise = level
     signal_next, noise_next = level_next
@@ -214,8 +214,8 @@ def make_schedule(t, level, level_next, new=None, **others):
 # A new sampler is one entry here. `scheduler` names a diffusers class. A pipeline with another scheduler is
 # converted with from_config(**options), or refused if there are no options. When a run starts, every step of
 # the schedule of `checked_as` is compared with that scheduler's step(**step_options). A method that no
-# scheduler samples names a relative there, as score does: its own schedule is not checked then. `tiny` is the
-# embedded model to train.
+# scheduler implements names a related method there, as score does; its own schedule is not checked. `tiny` is
+# the embedded model to train.
 METHODS = {
     "rlcm": SimpleNamespace(
         schedule=rlcm_schedule, scheduler="LCMScheduler", options={}, step_options={}, checked_as="rlcm",
@@ -244,7 +244,7 @@ def log_prob(x_next, mean, std):
 def gaussian_kl(mean, mean_ref, std):
     """KL( N(mean, std^2 I) || N(mean_ref, std^2 I) ) in nats, summed over the D elements of a latent.
 
-    mean and mean_ref are (B, C, h, w), std is a scalar; returns (B,). In steps that are short beside the
+    mean and mean_ref are (B, C, h, w), std is a scalar; returns (B,). For steps short compared with the
     distance to the data it is Girsanov's 1/2 beta dt |a_theta - a_ref|^2. The last steps never are.
     """
     return ((mean - mean_ref) ** 2).sum((1, 2, 3)) / (2 * std**2)
@@ -273,8 +273,8 @@ def rollout(denoise, s, c, z):
 def path_kl(denoise_ref, s, c, x, means):
     """KL_k along a rollout's x and means. Returns mean_ref, a dict: action k -> (B, C, h, w), and kl (B, H).
 
-    If all steps before are actions, the expected sum of KL_k bounds from above the KL of the latents after
-    the last action from the reference's. What a last step without noise makes of them is not covered.
+    If all earlier steps are actions, too, the expected sum of KL_k is at least the KL of the latents after
+    the last action from the reference's. A last step without noise is not covered.
     """
     mean_ref = {}
     kl = x[0].new_zeros(len(x[0]), len(means))
@@ -450,10 +450,10 @@ class DiffusersModel:
     pipelines defines set_up, build_schedule, encode, predict and pred_x0, and its steps are checked.
     """
 
-    component = "unet"  # of the pipeline, which is trained
+    component = "unet"  # the part of the pipeline to train
     lora_layers = ["to_q", "to_k", "to_v", "to_out.0"]  # of every attention, as in both official codes
     patch = 1  # the height and width of a latent must be multiples of this
-    step_options = {}  # of the scheduler's step
+    step_options = {}  # arguments of the scheduler's step
     guided = False  # classifier-free guidance: c has two rows for each x, first all those without a prompt
 
     def __init__(self, pipe, cfg):
@@ -475,7 +475,7 @@ class DiffusersModel:
 
         # Everything is frozen except a new LoRA, whose weights are float32 whatever the network's dtype.
         pipe.vae.requires_grad_(False)
-        pipe.vae.use_slicing = cfg.resolution >= 512  # decodes image by image: 1 GB instead of 4, or more
+        pipe.vae.use_slicing = cfg.resolution >= 512  # decodes one image at a time, in less memory
         self.network.requires_grad_(False)
         lora = LoraConfig(
             r=cfg.lora_rank,
@@ -495,7 +495,7 @@ class DiffusersModel:
             self.network.enable_gradient_checkpointing()
 
     def schedule(self, H):
-        """Schedule for H steps. Raises BadInput if those of `checked_as` are not the scheduler's own."""
+        """Schedule for H steps. Raises BadInput if the steps of `checked_as` are not the scheduler's."""
         s = self.build_schedule(METHODS[self.cfg.method].checked_as, H)
         scheduler = self.pipe.scheduler
         name = type(scheduler).__name__
@@ -513,7 +513,7 @@ class DiffusersModel:
 
     def denoise(self, x, k, c, s):
         rows = torch.cat([x, x]) if self.guided else x  # without and with the prompt, in one pass
-        # A cache would keep casts of weights that the optimizer changes, in an autocast around the whole run.
+        # Inside an autocast around the whole run, a cache would keep casts of weights from before an update.
         with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32, cache_enabled=False):
             output = self.predict(rows, s.t[k], c).float()
         if self.guided:
@@ -666,10 +666,10 @@ def train(cfg, resume=False, on_epoch=None):
     if on_epoch and not resume:
         on_epoch(0, model, {})
 
-    # Each batch is cut into `updates` minibatches of one optimizer step each, which the processes share.
+    # Each batch is cut into `updates` minibatches, one per optimizer step, each split across processes.
     B = cfg.batch_size
     local = torch.arange(B).view(cfg.updates, accelerator.num_processes, -1)[:, accelerator.process_index]
-    actions_per_update = len(s.actions) * local.shape[1]  # of this process; gradients are averaged over them
+    actions_per_update = len(s.actions) * local.shape[1]  # of this process; p.grad is the processes' mean
     seconds = rows[-1]["seconds"] if rows else 0
     epochs = tqdm(range(len(rows) + 1, cfg.epochs + 1), disable=not accelerator.is_main_process)
     for epoch in epochs:

@@ -1,16 +1,16 @@
 """Ablations on the embedded model: reward compress, and the default settings but for the number of epochs.
 
     python bench/ablate.py horizon                             # rlcm with H = 2, 4, 8 steps
-    python bench/ablate.py share --seeds 0                     # rlcm that draws a share of the noise anew
+    python bench/ablate.py share --seeds 0                     # rlcm that replaces a share of the noise
 
 Missing runs are trained, and judged during training as in bench/compare.py, which explains the columns; other
 flags go to rlcm.py. The runs are written to --out.
 
 horizon    rlcm in 2, 4 and 8 steps
-share      `new` 1, 0.81 and 0.5 for rlcm: how much of the noise is forgotten
-last       ddpo with and without the last action of Stable Diffusion's own scheduler, whose std is 0.029
-levels     score with levels even in the 1/2, 2/3 and 1/3 power of beta's integral; and in
-           the last down to timestep 0, where DDIM ends, not to the data
+share      `new` 1, 0.81 and 0.5 for rlcm: how much of the noise is fresh
+last       ddpo with and without the last action of Stable Diffusion's own scheduler, whose std is 0.03 here
+levels     score with levels even in the 1/2, 2/3 and 1/3 power of beta's integral; and in the
+           1/3 power down to timestep 0, where DDIM ends, not to the data
 kl         rlcm with a KL penalty of 0, 0.005 and 0.02
 value      the loop of examples/value.py with and without V; prints where the accuracy has fallen to 0.85
 """

@@ -5,13 +5,13 @@
 
 Each row of the table is a job; a failed one does not stop the others. First the embedded model: resumed, in
 fp32 and in bf16, and with a reward model. Then random weights in the architecture of LCM_Dreamshaper_v7 (SD
-1.5 with guidance embedding, 512 px, bf16): several micro-batches, checkpointing, compiled, and 1024 px.
+1.5 with guidance embedding, 512 px, bf16): several micro-batch sizes, checkpointing, compiled, and 1024 px.
 Last, SD 1.5 with ddpo, guidance and a KL penalty. Writes runs/gpu-check.txt. Exit status: 1 if a job
 failed. A run passes if its ratio_drift is small enough. A row shows
 
 epoch        seconds of an epoch, the median
 network      seconds of the epoch's passes through encoder, network and decoder alone, on fixed inputs
-floor        seconds of the floating-point operations of these passes at the rate of a large matrix product
+floor        seconds that these passes would take at the speed of a large matrix product
 peak         GPU memory in GB
 ratio_drift  largest |ratio - 1| before the first optimizer step: 0 in fp32, at most the clip range in bf16.
              Compiled code rounds differently with and without gradients: in bf16, on a small network
@@ -88,9 +88,9 @@ def seconds(function, *given):
 
 # ---- The jobs. Each works in a new folder and returns whether it passed, and a line on what it found.
 def run(cfg, folder):
-    """A run. After each epoch come the bare passes; before the first, their operations are counted.
+    """A training run. After each epoch the bare passes are timed; before the first, their FLOPs are counted.
 
-    They are counted in eager code: dynamo would never compile a function that it has met while they are.
+    Counted in eager mode: dynamo never compiles a function that it first met during a count.
     """
     counter = FlopCounterMode(display=False)
 

@@ -3,8 +3,8 @@
     python bench/trajectory.py runs/NAME "cat"                     # writes runs/NAME/trajectory.png
     python bench/trajectory.py runs/NAME "cat" --weights base      # of the pretrained model alone
 
-Above are the latents x_0 to x_H, decoded, and below each the clean image that the model predicts from it, and
-the std of the noise added then. At the end stand the reward and the advantage A among 32 images of the
+The upper row shows the latents x_0 to x_H, decoded; below each are the clean image that the model predicts
+from it and the std of the noise added next. Last come the reward and the advantage A among 32 images of the
 prompt. Base and tuned model start from the same noise and draw the same noise in each step.
 """
 import contextlib

@@ -1,11 +1,11 @@
-"""Back-propagate a differentiable reward through the last evaluation, DRaFT-1 (arXiv 2309.17400).
+"""Back-propagate a differentiable reward through the last step: DRaFT-1 (arXiv 2309.17400).
 
     python examples/differentiable.py               # half a minute with the reward clip; writes a LoRA
     python examples/differentiable.py --hybrid --out runs/hybrid      # adds RLCM's policy gradient
 
-A consistency model's last evaluation adds no noise, x_H = f(x_{H-1}), so it is not an action and is left out
-of RLCM's gradient. Where the reward has a gradient, the last evaluation can be trained, too. In the steps
-before it x_{k+1} ~ p_theta(x_{k+1} | x_k), hence
+A consistency model's last step adds no noise, x_H = f(x_{H-1}), so it is not an action and is left out of
+RLCM's gradient. Where the reward has a gradient, the last step can be trained, too. In the steps before it,
+x_{k+1} ~ p_theta(x_{k+1} | x_k), hence
 
     J(theta) = E[ r(decode(f_theta(x_{H-1}))) ]
     grad J   = E[ grad r(decode(f_theta(x_{H-1}))) + sum_{k<H-1} A grad log p_theta(x_{k+1} | x_k) ]
@@ -32,7 +32,7 @@ SETTINGS = dict(reward="clip", epochs=12, lr=1.2e-3)  # the rest is Config's: rl
 
 
 def train(cfg, hybrid=False):
-    """Fine-tune with `cfg`. Returns the mean reward of an image for each prompt, before and after."""
+    """Fine-tune with `cfg`. Returns the mean reward over one image per prompt, before and after."""
     out = Path(cfg.out)
     out.mkdir(parents=True)
     model = rlcm.load_model(cfg, "cuda" if torch.cuda.is_available() else "cpu")
@@ -51,7 +51,7 @@ def train(cfg, hybrid=False):
         batch = [prompts[n] for n in torch.randint(len(prompts), (cfg.batch_size,), generator=generator)]
         z = torch.randn(cfg.steps, cfg.batch_size, *model.shape, generator=generator).to(model.device)
 
-        # 1. Rollout to x_{H-1}. First term: the last evaluation, decoder and reward, with their gradient.
+        # 1. Rollout to x_{H-1}. First term: the last step, decoder and reward, with their gradient.
         r = torch.zeros(cfg.batch_size)
         for micro in micro_batches:
             own = [batch[n] for n in micro.i]

@@ -7,27 +7,28 @@ A klein of your own takes a file of two lines, here for --model my_klein.py:mine
     from examples.flow import klein
     mine = klein("my-folder")
 
-A rectified flow mixes a clean latent with noise z, (1 - s) times the one plus s times the other, with s
+A rectified flow mixes a clean latent with noise z, (1 - s) times the latent plus s times z, with s
 falling from 1 to 0, and its network predicts the velocity, z minus the clean latent. A step here predicts the
 clean latent and mixes it with new noise for the next s: --method rlcm. The models' authors take Euler steps
 without noise, which are not a policy. Re-noised images are "pretty decent" (leejet/stable-diffusion.cpp, pull
 request 1413), but have not been tried here, so look at samples/epoch-0000.png first.
 
-The levels are the pipelines', even before the shift. An action's gradient grows with s (1 - s_next) / s_next,
-so the last one has most of it: by the levels 0.66 (Z-Image) or 0.87 (klein) of the sum of squares.
+The levels are the pipelines': evenly spaced, then shifted. An action's gradient grows with
+s (1 - s_next) / s_next, so the last action dominates: by this factor, 0.66 (Z-Image) or 0.87 (klein) of the
+sum of squares.
 
-With the LoRA, a plain pipeline needs this sampler, too (or FlowMatchLCMScheduler, which is the same). It does
-not pass its generator to the scheduler's step, so the noise comes from the global seed. In float32 on a CPU,
-this draws image i of rlcm.generate with klein. Z-Image needs guidance_scale=0.0, but no z:
+With the LoRA, a plain pipeline needs this sampler, too (or FlowMatchLCMScheduler, which is the same). The
+pipeline does not pass its generator to the scheduler's step, so the noise comes from the global seed. In
+float32 on a CPU, this draws image i of rlcm.generate with klein. Z-Image needs guidance_scale=0.0, but no z:
 
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, stochastic_sampling=True)
     torch.manual_seed(i)
     z = torch.randn(1, 32 * 32, 128).mT.reshape(1, 128, 32, 32)  # klein's noise is drawn as tokens
     pipe(prompt=prompt, latents=z, height=512, width=512, num_inference_steps=4)
 
-MEMORY in bf16 by arithmetic, no real weights were run: transformer 12.3 GB (klein 7.8), text encoder 8.0, VAE
-0.2, LoRA with Adam 0.3; an image with gradient checkpointing 0.7 at 512 px, 2.5 at 1024 (klein 0.24, 0.7). So
-at 512 px Z-Image takes a card of 24 GB, and klein 17 GB next to the aesthetic reward and 0.24 an image.
+MEMORY in bf16, calculated; no real weights were run: transformer 12.3 GB (klein 7.8), text encoder 8.0, VAE
+0.2, LoRA with Adam 0.3; per image with gradient checkpointing 0.7 at 512 px, 2.5 at 1024 (klein 0.24, 0.7).
+So at 512 px Z-Image needs a 24 GB card, and klein with the aesthetic reward 17 GB plus 0.24 per image.
 """
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -68,7 +69,7 @@ class ZImage(Flow):
         return self.pipe.encode_prompt(prompts, self.device, do_classifier_free_guidance=False)[0]
 
     def predict(self, x, t, c):
-        """The velocity. The network's time runs from noise, 0, to data, 1, so its own has the other sign."""
+        """The velocity. The network's time runs from noise, 0, to data, 1, so its output is minus this."""
         time = ((1000 - t) / 1000).expand(len(x)).to(x.device)
         frames = list(x.to(self.dtype).unsqueeze(2))  # B of (C, 1, h, w)
         out = self.network(frames, time, c, return_dict=False)[0]

@@ -13,8 +13,8 @@ The LoRA of a run is trained on top of the few-step LoRA, so a pipeline needs bo
     pipe.load_lora_weights("runs/NAME", adapter_name="tuned")
     pipe.set_adapters(["few-step", "tuned"])
 
-For a pipeline of your own, docs/models.md has the file to write. Small random models draw what their plain
-pipelines draw. The real weights, and any GPU, have not been tried.
+For a pipeline of your own, docs/models.md has the file to write. With small random weights, it draws what
+plain pipelines draw. Neither the real weights nor a GPU have been tried.
 """
 import torch
 from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel

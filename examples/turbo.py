@@ -2,8 +2,8 @@
 
     python rlcm.py --model examples/turbo.py:sd_turbo --reward aesthetic      # or sdxl_turbo
 
-Euler-ancestral steps are DDPO's, here in levels of sigma that end at the data. SDXL-Turbo comes with them.
-SD-Turbo comes with an EulerDiscreteScheduler, which adds no noise, so it is made Euler-ancestral, as in its
+An Euler-ancestral step is DDPO's step, here with noise levels sigma that end at 0. SDXL-Turbo comes with that
+scheduler. SD-Turbo comes with an EulerDiscreteScheduler, which adds no noise, so it is replaced, as in its
 authors' demo (Stability-AI/generative-models, scripts/demo/turbo.py). With the LoRA, a plain pipeline needs:
 
     pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)

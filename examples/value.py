@@ -3,7 +3,7 @@
     python examples/value.py               # a minute on one core: images before and after, a LoRA
 
 At x_k, before the action is drawn, the network predicts a clean latent, and the reward g_k of its image says
-much about the final reward. What it predicts is subtracted from the advantage:
+much about the final reward. A prediction V of A from g_k is subtracted from A:
 
     A_k = (r - mean r) / std r - V(x_k),    V(x_k) = a_k + b_k (g_k - mean r) / std r
 
@@ -25,7 +25,7 @@ SETTINGS = rlcm.preset("score") | {"epochs": 9}
 
 
 def value(A, g, r, prompts, history, min_count):
-    """V (H, B) for A (B,), r (B,) and g (H, B). It puts g into the units that `advantages` has used for r."""
+    """V (H, B) for A (B,), r (B,) and g (H, B). It standardises g with r's statistics from `advantages`."""
     V = torch.zeros_like(g)
     for n, prompt in enumerate(prompts):
         enough = len(history[prompt]) >= min_count
@@ -41,7 +41,7 @@ def value(A, g, r, prompts, history, min_count):
 def train(cfg, use_value=True, on_epoch=None):
     """Fine-tune with `cfg`, and call on_epoch(epoch, model) after each epoch, if it is given.
 
-    Returns the mean reward of an image for each prompt, before and after.
+    Returns the mean reward over one image per prompt, before and after.
     """
     out = Path(cfg.out)
     out.mkdir(parents=True)
