@@ -1,22 +1,17 @@
-"""Ablations on the embedded model: reward compress, and the default settings but for the number of epochs.
+"""What happens if a method's schedule is changed? On the embedded model, with the reward compress.
 
-    python bench/ablate.py horizon                             # rlcm with H = 2, 4, 8 steps
-    python bench/ablate.py share --seeds 0                     # rlcm that replaces a share of the noise
+    python bench/ablate.py share                               # rlcm that replaces a share of the noise
+    python bench/ablate.py levels --seeds 0
 
 Missing runs are trained, and judged during training as in bench/compare.py, which explains the columns; other
-flags go to rlcm.py. The runs are written to --out.
+flags go to rlcm.py. The settings are the defaults, but a run ends when the accuracy has fallen to 0.85.
 
-horizon    rlcm in 2, 4 and 8 steps
 share      `new` 1, 0.81 and 0.5 for rlcm: how much of the noise is fresh
 last       ddpo with and without the last action of Stable Diffusion's own scheduler, whose std is 0.03 here
 levels     score with levels even in the 1/2, 2/3 and 1/3 power of beta's integral; and in the
            1/3 power down to timestep 0, where DDIM ends, not to the data
-kl         rlcm with a KL penalty of 0, 0.005 and 0.02
-value      the loop of examples/value.py with and without V; prints where the accuracy has fallen to 0.85
 """
 import contextlib
-import io
-import itertools
 import sys
 from functools import partial
 from pathlib import Path
@@ -28,8 +23,7 @@ import torch
 
 import rlcm
 from bench.common import Parser
-from bench.compare import ACCURACY, Fallen, add_flags, crossing, judge, report, settings, train_all
-from examples import value
+from bench.compare import add_flags, report, train_all
 from rlcm import METHODS
 
 
@@ -69,54 +63,31 @@ def levels(power, last, scheduler, cfg):
     return rlcm.make_schedule(t, rlcm.level(alpha_bar[:-1]), rlcm.level(alpha_bar[1:]))
 
 
-# ---- The ablations: {name: flags}, and what else a name changes
-EACH = ["--save-every", 1]  # judged after each epoch, not after every second one
-PARTS = {
-    "horizon": {f"H-{H}": ["--steps", H] for H in (2, 4, 8)},
-    "share": {f"share-{new}": [] for new in (1, 0.81, 0.5)},
-    "last": {name: ["--method", "ddpo", *EACH] for name in ("no-last-action", "last-action")},
-    "levels": {f"levels-{name}": ["--method", "score", *EACH] for name in (2, 1.5, 3, "down-to-0")},
-    "kl": {f"kl-{kl}": ["--kl", kl] for kl in (0, 0.005, 0.02)},
+# ---- The ablations: a method, and a context for each of its variants
+OWN = contextlib.nullcontext
+ABLATIONS = {
+    "share": ("rlcm", {"share-1": OWN}),
+    "last": ("ddpo", {"no-last-action": OWN, "last-action": partial(changed, "ddpo", with_last_action)}),
+    "levels": ("score", {"levels-2": OWN}),
 }
-VARIANTS = {"last-action": partial(changed, "ddpo", with_last_action)}
-VARIANTS |= {f"share-{new}": partial(changed, "rlcm", partial(share, new)) for new in (0.81, 0.5)}
-for power in (1.5, 3):
-    VARIANTS[f"levels-{power}"] = partial(changed, "score", partial(levels, power, False))
-VARIANTS["levels-down-to-0"] = partial(changed, "score", partial(levels, 3, True))
+for new in (0.81, 0.5):
+    ABLATIONS["share"][1][f"share-{new}"] = partial(changed, "rlcm", partial(share, new))
+for name, power, last in (("levels-1.5", 1.5, False), ("levels-3", 3, False), ("levels-down-to-0", 3, True)):
+    ABLATIONS["levels"][1][name] = partial(changed, "score", partial(levels, power, last))
 
 
-def with_value(args):
-    """score with and without the value function, by the loop of examples/value.py. It cannot be resumed."""
-    for lr, seed, use in itertools.product((2e-3, 4e-3, 8e-3), args.seeds, (True, False)):
-        name = f"value-{lr:g}-{seed}" if use else f"no-value-{lr:g}-{seed}"
-        cfg = settings(args.out / name, ["--method", "score", "--lr", lr, "--epochs", 80, "--seed", seed])
-        rows = []
-
-        def on_epoch(epoch, model):
-            rows.append(judge(epoch, model, cfg))
-            if rows[-1]["accuracy"] <= ACCURACY:
-                raise Fallen
-
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Fallen):
-            value.train(cfg, use, on_epoch)
-        at = crossing(rows, "accuracy", ACCURACY)
-        print(name, {column: round(value, 3) for column, value in at.items()}, flush=True)
-
-
-def at_equal_accuracy(args):
-    if args.ablation == "value":
-        with_value(args)
-        return
-    long = ["--epochs", 80, "--save-every", 2]  # it ends when the accuracy has fallen
-    parts = {name: [*long, *flags] for name, flags in PARTS[args.ablation].items()}
-    report(args, train_all(args, parts, variants=VARIANTS))
+def ablate(args):
+    method, variants = ABLATIONS[args.ablation]
+    every = 2 if method == "rlcm" else 1
+    flags = ["--method", method, "--epochs", 80, "--save-every", every]
+    report(args, train_all(args, dict.fromkeys(variants, flags), variants=variants))
 
 
 def main(argv=None):
     p = Parser("ablate", __doc__)
-    p.add_argument("ablation", choices=[*PARTS, "value"])
+    p.add_argument("ablation", choices=ABLATIONS)
     add_flags(p, "runs/ablate")
-    return p.run(at_equal_accuracy, argv, more=True)
+    return p.run(ablate, argv, more=True)
 
 
 if __name__ == "__main__":

@@ -61,11 +61,11 @@ def curves(runs, path):
         if len(members) > 1:
             std = columns[:, 2].std(0)
         for axis, x in zip(axes, (images, seconds)):
-            (line,) = axis.plot(x, reward, label=label.removeprefix("method "))
+            (line,) = axis.plot(x, reward, label=label)
             axis.fill_between(x, reward - std, reward + std, alpha=0.2, color=line.get_color(), linewidth=0)
     rewards = sorted({settings["reward"] for settings, _ in lines})
     axes[0].set(xlabel="images rewarded", ylabel=f"reward: {', '.join(rewards)}")
-    axes[1].set(xlabel="seconds")
+    axes[1].set_xlabel("seconds")
     axes[0].legend(frameon=False)
     figure.savefig(path, dpi=120)
     print(f"wrote {path}")

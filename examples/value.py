@@ -38,11 +38,8 @@ def value(A, g, r, prompts, history, min_count):
     return A.mean() + b[:, None] * V
 
 
-def train(cfg, use_value=True, on_epoch=None):
-    """Fine-tune with `cfg`, and call on_epoch(epoch, model) after each epoch, if it is given.
-
-    Returns the mean reward over one image per prompt, before and after.
-    """
+def train(cfg):
+    """Fine-tune with `cfg`. Returns the mean reward over one image per prompt, before and after."""
     out = Path(cfg.out)
     out.mkdir(parents=True)
     model = rlcm.load_model(cfg, "cuda" if torch.cuda.is_available() else "cpu")
@@ -77,7 +74,7 @@ def train(cfg, use_value=True, on_epoch=None):
 
         # 2. Advantage, minus the value.
         A = rlcm.advantages(r, batch, history, cfg.buffer_size, cfg.min_count, cfg.adv_clip)
-        A_k = A - use_value * value(A, g, r, batch, history, cfg.min_count)  # (H, B)
+        A_k = A - value(A, g, r, batch, history, cfg.min_count)  # (H, B)
         left = A_k[s.actions].var() / A.var()
 
         # 3. Policy gradient. With one optimizer step per rollout, PPO's is REINFORCE's.
@@ -90,8 +87,6 @@ def train(cfg, use_value=True, on_epoch=None):
         optimizer.step()
         optimizer.zero_grad()
         print(f"epoch {epoch:3d}   reward {r.mean():.3f}   variance that V leaves {left:.2f}", flush=True)
-        if on_epoch:
-            on_epoch(epoch, model)
 
     model.save(out)
     after = rlcm.generate(model, cfg, prompts)
