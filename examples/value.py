@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rlcm
 
-SETTINGS = rlcm.preset("score") | {"epochs": 9}
+SETTINGS = rlcm.preset("score") | {"epochs": 6}
 
 
 def value(A, g, r, prompts, history, min_count):
