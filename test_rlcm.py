@@ -685,11 +685,9 @@ adv_clip max_grad_norm guidance_scale
 """.split()
 PUBLISHED = """
 rlcm compress   8  1000 16  1 16 32 16 16 0.0001 0.0001 10.0 5.0 8.0
-rlcm incompress 8  1000 16  1 16 32 16 16 0.0001 0.0001 10.0 5.0 8.0
 rlcm aesthetic  8  1000 32  1 8  8  32 16 0.0001 0.0001 10.0 5.0 8.0
 rlcm align      16 708  120 1 16 32 32 16 0.0001 0.0001 10.0 5.0 8.0
 ddpo compress   50 100  256 4 4  4  16 16 0.0003 0.0001 5.0  1.0 5.0
-ddpo incompress 50 100  256 4 4  4  16 16 0.0003 0.0001 5.0  1.0 5.0
 ddpo aesthetic  50 200  256 2 4  4  32 16 0.0003 0.0001 5.0  1.0 5.0
 ddpo align      50 200  288 2 4  4  32 16 0.0003 0.0001 5.0  1.0 5.0
 """  # DESIGN.md, section 5: RLCM's four GPUs (align: three) as one; ddpo-pytorch's config/dgx.py
@@ -707,8 +705,8 @@ def table_row(cfg):
 def test_presets_are_published_and_flags_win(capsys):
     """--help shows the values that this method and model would use."""
     assert table_row(parsed("--model real --steps 8")) == PUBLISHED[0]
-    assert table_row(parsed("--model real --method ddpo")) == PUBLISHED[4]
-    assert table_row(parsed("--model real --method score"))[1:] == PUBLISHED[4][1:]
+    assert table_row(parsed("--model real --method ddpo")) == PUBLISHED[3]
+    assert table_row(parsed("--model real --method score"))[1:] == PUBLISHED[3][1:]
     assert parsed("") == Config(**preset()) == Config()
     cfg = parsed("--model real --method ddpo --lr 1e-3 --steps 4 --resolution 64")  # also Config's own values
     assert (cfg.lr, cfg.steps, cfg.resolution, cfg.batch_size) == (1e-3, 4, 64, 256)
