@@ -149,9 +149,9 @@ def bert_recall(references, candidates, device):
 def align(images, prompts, llava=None):
     """does LLaVA's description say what the prompt says? BERTScore recall: 0 for unrelated texts, at most 1
 
-    As in DDPO and RLCM, with two differences: LLaVA-1.5 7B describes the images (RLCM's has 13B;
-    align_13b is closest), and it sees them uncompressed (theirs sees a JPEG of quality 80).
-    They report the recall before rescaling, which is 0.517 + 0.483 x this.
+    As in DDPO and RLCM, with two differences: LLaVA-1.5 7B describes the images (RLCM's has 13B; align_13b is
+    closest), and it sees them uncompressed (theirs sees a JPEG of quality 80). They report
+    the recall before rescaling, which is 0.517 + 0.483 x this.
     """
     said = describe(images, llava or HUB["llava"])
     recall = bert_recall([f"The image contains {p}" for p in prompts], said, images.device)

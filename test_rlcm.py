@@ -1641,11 +1641,20 @@ def test_compare_runs_until_the_accuracy_has_fallen(tmp_path, monkeypatch, capsy
     at = {(row["lr"], row["accuracy"]): row["images"] for row in rows if row["at"] != "retrieval 0.75"}
     assert at == {(0.001, 0.9): 4, (0.001, 0.85): 6, (0.002, 0.9): 1, (0.002, 0.85): 2}
     assert "compress, ddpo: learning rate 0.002" in capsys.readouterr().out
-    assert compare.main(["--methods", "ddpo", "--out", str(tmp_path), *small]) == 0  # none is trained again
+    monkeypatch.setattr(compare, "train_judged", None)  # none is trained again
+    assert compare.main(["--methods", "ddpo", "--out", str(tmp_path), *small]) == 0
     assert compare.best({1: (100, -2.0), 2: (50, -2.01), 3: (30, -2.03)}) == 2
     with pytest.raises(BadInput, match="other settings"):
         cfg = compare.settings(tmp_path / "compress-ddpo-0.001-0", ["--method", "ddpo"])
         compare.finished(cfg, False)
+
+
+def test_judge_counts_passes(monkeypatch):
+    """64 images with guidance are 4 passes of 32 rows: for each of 5 steps, and 3 times for 4 actions."""
+    cfg = Config(**preset("ddpo"))
+    monkeypatch.setattr(rlcm, "generate", lambda *_: torch.ones(200, 3, 64, 64))
+    found = compare.judge(2, rlcm.load_model(cfg, "cpu"), cfg)
+    assert found["passes"] == 2 * 4 * (5 + 3 * 4) and found["accuracy"] < 0.1  # blank images
 
 
 @pytest.mark.parametrize("method, variants", ablate.ABLATIONS.values())

@@ -3,7 +3,7 @@
     python bench/compare.py                                     # compress; rlcm, ddpo, score; seeds 0 1 2
     python bench/compare.py --rewards compress incompress --methods rlcm ddpo --seeds 0
     python bench/compare.py --rates 1.8e-3 --methods rlcm --seeds 5 6 7
-    python bench/compare.py --methods ddpo --steps 50 --guidance-scale 5 --out runs/ddpo-50
+    python bench/compare.py --methods ddpo --steps 50 --rates 8e-3 --seeds 0 --out runs/ddpo-50
     python bench/compare.py --defaults --jobs 2                 # the default settings, trained to their end
 
 Degrading the images can raise a reward, so rewards are compared at an equal accuracy: the share of 200 images
